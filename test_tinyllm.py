@@ -1,0 +1,511 @@
+"""The tests of tinyllm.py, in the order of the file. Each says which idea it pins; break the idea and it fails.
+
+    python -m pytest                    within a minute and a half on two cores
+    TINYLLM_SLOW=1 python -m pytest     also the long tests
+"""
+
+import dataclasses
+import doctest
+import io
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tinyllm
+from tinyllm import Config, InputError, TinyLLM, encode, decode
+
+HERE = Path(__file__).parent
+slow = pytest.mark.skipif(not os.environ.get("TINYLLM_SLOW"), reason="set TINYLLM_SLOW=1 to run the long tests")
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=128)
+
+
+def small_model(**changes):
+    """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide mistakes."""
+    torch.manual_seed(0)
+    model = TinyLLM(Config(**{**SMALL, **changes})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def lines(kind, count, seed=0):
+    rng = random.Random(seed)
+    return [tinyllm.solve_by_rules(tinyllm.draw_problem(kind, rng, held_out=i % 2 == 0)) for i in range(count)]
+
+
+def command(*args, stdin="", **environment):
+    """Run the program as a person does; returns exit status, stdout, stderr."""
+    done = subprocess.run([sys.executable, str(HERE / "tinyllm.py"), *map(str, args)], input=stdin.encode("utf-8"),
+                          capture_output=True, env={**os.environ, **environment}, timeout=120)
+    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+
+
+######## Steps 1 and 2 ########
+
+def test_every_example_in_the_file_is_true():
+    """Documentation that is run cannot be wrong: all doctests, Step 1's five facts among them."""
+    result = doctest.testmod(tinyllm)
+    assert result.attempted > 40 and result.failed == 0
+
+
+def test_an_untrained_model_knows_nothing():
+    """The first loss is ln(vocabulary): each token is as likely as any other."""
+    torch.manual_seed(0)
+    x, y = next(iter(tinyllm.ProblemStream(Config())))
+    loss = tinyllm.loss_of(TinyLLM(Config()), x, y).item()
+    assert abs(loss - math.log(len(tinyllm.VOCAB))) < 0.15
+
+
+def test_config_explains_itself():
+    """A size that cannot work is refused with a sentence, not with a stack of shapes."""
+    with pytest.raises(InputError, match="multiple of"):
+        Config(n_embd=100, n_head=3)
+    with pytest.raises(InputError, match="n_layer 0"):
+        Config(n_layer=0)
+
+
+######## Step 3: the model ########
+
+@pytest.mark.parametrize("kind", tinyllm.KINDS)
+@pytest.mark.parametrize("ones_first", [True, False])
+def test_tokenizer_round_trip(kind, ones_first):
+    """Nothing is lost between text and tokens."""
+    for line in lines(kind, 200):
+        assert decode(encode(line, ones_first), ones_first) == line
+
+
+def test_numbers_are_read_from_the_ones_place():
+    """The tokens of 408 are 8, 0, 4; signs and brackets stay where they are."""
+    assert [tinyllm.VOCAB[i] for i in encode("-408*(12-7)")] == list("-804*(21-7)")
+    assert encode("408", ones_first=False) == encode("804")
+
+
+def test_places_and_slots_know_no_future():
+    """Position numbers of a prefix do not change when more is written."""
+    ids = torch.tensor([encode(line)[:40] + [0] * (40 - len(line)) for line in lines("expr", 50)])
+    for whole, part in zip(tinyllm.positions(ids), tinyllm.positions(ids[:, :17])):
+        assert torch.equal(whole[:, :17], part)
+
+
+def test_rope_depends_on_distance_alone():
+    """Moving query and key by the same number of columns does not change how well they agree."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 32).expand(2, 50, 32)
+    turns = tinyllm.rotations(50, 32)
+    scores = tinyllm.rotate(q, turns) @ tinyllm.rotate(k, turns).T                     # (50, 50)
+    for distance in (0, 1, 7):
+        diagonal = scores.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
+    assert not torch.allclose(scores[0, 0], scores[0, 7], atol=1e-2)
+
+
+def test_attention_written_out_is_what_the_model_runs():
+    """The formula of Step 3-3 equals PyTorch's fused attention, for a whole row and for one cached token."""
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    assert torch.allclose(tinyllm.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    last = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
+    assert torch.allclose(tinyllm.attention(q[:, :, -1:], k, v), last, atol=1e-5)
+
+
+def test_causality():
+    """A later token changes no earlier logit: the model cannot read the answer it is asked for."""
+    model = small_model()
+    ids = torch.tensor([encode("12*34=12*30+12*4")])
+    changed = ids.clone()
+    changed[0, 9] = encode("7")[0]
+    before, after = model(ids), model(changed)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5)
+    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
+
+
+def test_cache_changes_nothing():
+    """Keys and values that are kept give the logits of the whole row, column by column."""
+    model = small_model()
+    ids = torch.tensor([encode("12*34=12*30+12*4"), encode("987-6543=-5556+1")])
+    cache = [[] for _ in model.blocks]
+    one_by_one = torch.cat([model(ids[:, :t], cache) for t in range(1, ids.shape[1] + 1)], dim=1)
+    assert torch.allclose(one_by_one, model(ids), atol=1e-3)
+
+
+######## Step 4: the data ########
+
+def to_fraction(step):
+    """The exact value of a step by Python's own parser: a second opinion, independent of tinyllm.parse."""
+    assert re.fullmatch("[-+*/()0-9]+", step)
+    return eval(re.sub("([0-9]+)", r"Fraction(\1)", step), {"Fraction": Fraction})
+
+
+@pytest.mark.parametrize("kind", tinyllm.KINDS)
+def test_every_generated_line_is_true(kind):
+    """10,000 lines of each kind: every step equals the problem, the last one is simple, and it fits the model."""
+    for line in lines(kind, 10_000):
+        problem, *steps = line.split("=")
+        right = to_fraction(problem)
+        assert steps and all(to_fraction(step) == right for step in steps), line
+        assert re.fullmatch(r"-?[0-9]+([+-][0-9]+/[0-9]+)?|-?[0-9]+/[0-9]+", steps[-1]), line
+        assert tinyllm.check(line) == (True, True), line
+        assert len(line) < Config().block_size, line
+        assert to_fraction(steps[-1]) == int(right) or Fraction(right).denominator > 1
+
+
+def test_answers_are_in_lowest_terms():
+    """A mixed number is simple only with a proper fraction that cannot be cancelled."""
+    assert all(tinyllm.is_simple(text) for text in ("5", "-5", "0", "1/2", "-1/2", "3+1/2", "-3-1/2"))
+    assert not any(tinyllm.is_simple(text) for text in ("2/4", "5/2", "3+2/4", "3+5/2", "4/2", "1+2", "2*3", "", "1+", "5/0"))
+
+
+@pytest.mark.parametrize("line", [
+    "(12+3)*4-6=15*4-6=60-6=54",
+    "345*27=345*20+345*7=6900+2415=9315",
+    "27*345=20*345+7*345=6900+2415=9315",
+    "1234/7=100+534/7=170+44/7=176+2/7",
+    "10/4=2+2/4=2+1/2",
+    "4/8=1/2",
+    "3/8=3/8",
+    "(36/9)-31=4-31=-27",
+    "5=5",
+    "-(3+4)*2=-7*2=-14",
+    "-7/2=-3-1/2",
+    "2*(4-7)=2*(-3)=-6",
+])
+def test_the_notebook(line):
+    """The working a pupil would write, for each rule."""
+    assert tinyllm.solve_by_rules(line.split("=")[0]) == line
+
+
+def test_text_and_tree_are_inverse():
+    """Brackets are written where precedence needs them and nowhere else."""
+    for line in lines("expr", 500):
+        for step in line.split("=")[1:]:
+            assert tinyllm.to_text(tinyllm.parse(step)) == step
+    assert tinyllm.to_text(tinyllm.parse("((1-(2-3)))")) == "1-(2-3)"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("12+x", "unknown character 'x'"), ("12+\u00b2", "U\\+00B2 SUPERSCRIPT TWO"), ("(1+2", "closing bracket is missing"),
+    ("1+2)", "opening bracket is missing"), ("1+", "at the end"), ("1++2", "character 3"), ("2(3)", "operator is missing"),
+    ("", "empty"), ("1 2+3", "space inside a number"), ("1/0", "division by zero"), ("3*(1/(2-2))", "division by zero"),
+    ("1=1", "no '=' inside"), ("(" * 60 + "1" + ")" * 60, "nested deeper"), ("1+" * 200 + "1", "characters"),
+    ("\u0661+1", "unknown character"), ("\ud800", "unknown character"), ("9" * 10_000, "characters"),
+])
+def test_bad_input_is_a_sentence(text, words):
+    """What cannot be read is refused with the reason and the place."""
+    with pytest.raises(InputError, match=words):
+        tinyllm.prepare(text, small_model(block_size=256))
+
+
+@pytest.mark.parametrize("text", ["12*34", " 12 * 34 = ", "12\u00d734", "\uff11\uff12\uff0a\uff13\uff14\uff1d", "012*0034"])
+def test_forgiving_input(text):
+    """Spaces, a trailing =, typographic signs and full-width forms leave no doubt about what is meant."""
+    assert tinyllm.normalize(text) == "12*34"
+
+
+@pytest.mark.parametrize("a, b", [("12+39", "39+12"), ("7*8", "8*7"), ("5-3", "-3+5"), ("(1+2)*3+4", "4+3*(2+1)"),
+                                  ("2*3*4", "4*2*3"), ("9-(2-1)", "9-2+1"), ("6/3+1", "1+6/3")])
+def test_twins_share_their_side(a, b):
+    """Held out means held out: a problem and its mirror image are never on different sides."""
+    assert tinyllm.canonical(tinyllm.parse(a)) == tinyllm.canonical(tinyllm.parse(b))
+    assert tinyllm.is_held_out(a) == tinyllm.is_held_out(b)
+
+
+def test_training_never_sees_a_held_out_problem():
+    """The stream itself, as it goes into the model, holds no problem of the evaluation, nor its twin."""
+    held_out = {tinyllm.canonical(tinyllm.parse(problem)) for kind in tinyllm.KINDS
+                for problem in tinyllm.held_out_problems(kind, 200)}
+    seen, batches = set(), iter(tinyllm.ProblemStream(Config()))
+    for x, _ in (next(batches) for _ in range(128)):
+        for row in x.tolist():
+            problem = decode(row).split("=")[0]
+            assert not tinyllm.is_held_out(problem)
+            seen.add(tinyllm.canonical(tinyllm.parse(problem)))
+    assert len(held_out) == 1000 and len(seen) > 2000 and not seen & held_out
+
+
+def test_split_is_the_same_everywhere():
+    """The split is a property of the text: these stay on their sides on every machine and version, for ever."""
+    sides = "".join(str(int(tinyllm.is_held_out(f"{a}*{b}"))) for a in range(10) for b in range(10))
+    assert sides == "0010000000000000000010000010000000001010000010000000000010000011010000000000001000010001000000000000"
+
+
+def test_lengths_are_even():
+    """Short numbers are as common as long ones; carries, borrows and negative results are common too."""
+    rng = random.Random(0)
+    problems = [tinyllm.draw_problem("sub", rng, False) for _ in range(2000)]
+    lengths = [len(re.findall("[0-9]+", problem)[0]) for problem in problems]
+    assert all(150 < lengths.count(n) < 260 for n in range(2, 11))
+    assert 0.3 < sum(to_fraction(problem) < 0 for problem in problems) / 2000 < 0.7
+
+
+def test_x_y_and_what_counts():
+    """y is x one token later, and only what stands after the first = counts."""
+    x, y = tinyllm.to_example("12*34=360+48=408")
+    whole = encode("12*34=360+48=408\n")
+    assert x == whole[:-1] and y == [-100] * 5 + whole[6:]
+
+
+def test_batches_hold_whole_lines_and_little_padding():
+    """Rows of a batch are of like length, about batch_tokens in all; hardly any of it is padding."""
+    batches = iter(tinyllm.ProblemStream(Config()))
+    sizes, padding = [], 0
+    for x, y in (next(batches) for _ in range(64)):
+        sizes.append(x.numel())
+        padding += x.numel() - sum(len(decode(row).split("\n")[0]) for row in x.tolist())
+        assert x.shape == y.shape
+    assert 0.9 * 1024 < sum(sizes) / 64 < 1.2 * 1024 and padding / sum(sizes) < 0.1
+
+
+def test_small_problems_come_first():
+    """The curriculum: pools early in the run hold mostly small problems, pools of its second half all sizes."""
+    def mean_size(pool):
+        sizes = [tinyllm.kind_and_size(decode(x).split("=")[0])[1] for batch in pool for x, _ in batch]
+        return sum(sizes) / len(sizes)
+    stream = tinyllm.ProblemStream(Config())
+    assert mean_size(stream.pool(0)) < 0.6 * mean_size(stream.pool(120))
+
+
+def test_the_stream_can_start_anywhere():
+    """Batch number n is the same whether the run got there in one go or was resumed; another seed is another stream."""
+    whole = iter(tinyllm.ProblemStream(Config()))
+    for _ in range(70):
+        expected = next(whole)
+    resumed = next(iter(tinyllm.ProblemStream(Config(), start=69)))
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
+    other = next(iter(tinyllm.ProblemStream(Config(seed=1), start=69)))
+    assert expected[0].shape != other[0].shape or not torch.equal(expected[0], other[0])
+
+
+######## Step 5: training ########
+
+def test_one_batch_is_learned_by_heart():
+    """The first thing to try with any network: if it cannot overfit one batch, something is broken."""
+    torch.manual_seed(0)
+    config = Config(n_layer=2, n_head=2, n_embd=64, batch_tokens=256)
+    model = TinyLLM(config)
+    optimizers = tinyllm.make_optimizers(model, config)
+    x, y = next(iter(tinyllm.ProblemStream(config)))
+    for _ in range(150):
+        loss = tinyllm.loss_of(model, x, y)
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert loss.item() < 0.02
+
+
+def test_every_weight_is_trained_once():
+    """Muon and AdamW share the parameters between them: none twice, none forgotten; without Muon AdamW has all."""
+    for config in (Config(**SMALL), Config(**SMALL, muon=False)):
+        model = TinyLLM(config)
+        trained = [p for optimizer in tinyllm.make_optimizers(model, config)
+                   for group in optimizer.param_groups for p in group["params"]]
+        assert len(trained) == len(set(map(id, trained))) == len(list(model.parameters()))
+
+
+@pytest.fixture
+def only_short_sums(monkeypatch):
+    monkeypatch.setattr(tinyllm, "KINDS", {"add": tinyllm.Kind(tinyllm.draw_sum("+"), range(1, 4), 1.0)})
+
+
+def test_a_small_model_learns_addition(only_short_sums, tmp_path):
+    """From nothing to 100% of the held-out one-digit sums, which it never saw, in half a minute."""
+    began = time.perf_counter()
+    config = Config(n_layer=2, n_head=4, n_embd=64, steps=700, batch_tokens=512)
+    model = tinyllm.train(config, str(tmp_path / "model.pt"), report=lambda text: None)
+    problems = tinyllm.held_out_problems("add", 10, size=1)
+    before = tinyllm.evaluate(TinyLLM(config).eval(), problems)
+    after = tinyllm.evaluate(model, problems)
+    assert len(problems) > 3 and before["answers"] == 0
+    assert after["answers"] == after["workings"] == len(problems), after["wrong"]
+    assert time.perf_counter() - began < 60          # 30 s on a quiet machine
+
+
+def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):
+    """Stopped after 20 of 40 steps and resumed, a run ends with bit for bit the weights of one that never stopped."""
+    monkeypatch.setattr(tinyllm.Monitor, "N_PROBLEMS", 3)
+    config = Config(**SMALL, steps=40, batch_tokens=128)
+    whole = tinyllm.train(config, str(tmp_path / "whole.pt"), report=lambda text: None)
+    path = tmp_path / "half.pt"
+    save = tinyllm.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        if args[3] == 20:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(tinyllm, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        tinyllm.train(config, str(path), report=lambda text: None)
+    monkeypatch.setattr(tinyllm, "save_checkpoint", save)
+    half = tinyllm.read_checkpoint(path)
+    assert half["step"] == 20
+    resumed = tinyllm.train(Config(**half["config"]), str(path), resume=half, report=lambda text: None)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_saved_and_loaded_it_gives_the_same_answers(tmp_path):
+    """A checkpoint is the whole model."""
+    model, path = small_model(), tmp_path / "model.pt"
+    tinyllm.save_checkpoint(path, model)
+    problems = [line.split("=")[0] for line in lines("mul", 20)]
+    assert tinyllm.solve(tinyllm.load_checkpoint(path), problems) == tinyllm.solve(model, problems)
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    """Missing, empty, cut off, foreign, or a pickle that would run code: one sentence each."""
+    good = tmp_path / "good.pt"
+    tinyllm.save_checkpoint(good, small_model())
+    data = good.read_bytes()
+    evil = tmp_path / "ran"
+    torch.save({"format": 1, "x": Evil(evil)}, tmp_path / "evil.pt")
+    for name, content in (("empty.pt", b""), ("cut.pt", data[:len(data) // 2]), ("text.pt", b"hello" * 100)):
+        (tmp_path / name).write_bytes(content)
+    for name in ("missing.pt", "empty.pt", "cut.pt", "text.pt", "evil.pt"):
+        with pytest.raises(InputError, match=name):
+            tinyllm.load_checkpoint(tmp_path / name)
+    assert not evil.exists()
+    torch.save({**torch.load(good), "format": 2}, tmp_path / "newer.pt")
+    with pytest.raises(InputError, match="another version"):
+        tinyllm.load_checkpoint(tmp_path / "newer.pt")
+
+
+class Evil:
+    """Unpickling this would create a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+######## Step 6: evaluation ########
+
+def test_greedy_decoding_by_hand():
+    """generate, with its cache and its shrinking batch, writes token for token what the plain loop writes."""
+    model = small_model()
+    prompts = [encode(text) for text in ("1+2=", "12*34=", "7=", "99999-1=")]
+    for prompt, written in zip(prompts, tinyllm.generate(model, prompts, 40)):
+        ids = list(prompt)
+        while len(ids) < 40:
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+            if ids[-1] == tinyllm.END:
+                ids.pop()
+                break
+        assert written == ids
+
+
+def test_answers_do_not_depend_on_company_or_order():
+    """A problem gets the same line alone, among others, and in any order."""
+    model = small_model()
+    problems = [line.split("=")[0] for kind in tinyllm.KINDS for line in lines(kind, 6) if len(line) < 90]
+    together = tinyllm.solve(model, problems)
+    assert together == [tinyllm.solve(model, [problem])[0] for problem in problems]
+    assert together[::-1] == tinyllm.solve(model, problems[::-1], batch_size=7)
+    assert all(line.startswith(problem + "=") for line, problem in zip(together, problems))
+
+
+def test_no_calculator():
+    """Decoding never touches the rules: with every rule broken, the model writes the same line."""
+    model, problems = small_model(), ["12*34", "7/2", "5-9"]
+    expected = tinyllm.solve(model, problems)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rewrite", "value", "solve_by_rules", "parse", "is_true"):
+            patch.setattr(tinyllm, name, None)
+        assert tinyllm.solve(model, problems) == expected
+
+
+def test_check_is_strict():
+    """An answer is right only if it is simple and equal; a working only if every step is."""
+    assert tinyllm.check("12+39=51") == (True, True)
+    for line in ("12+39=41", "12+39=", "12+39", "12+39=50+1", "12+39=51=", "10/4=5/2", "12+39=51=51+", "1/0=0"):
+        assert tinyllm.check(line)[0] is False, line
+    assert tinyllm.check("12+39=50=51") == (True, False)
+
+
+######## Step 7: the commands ########
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    tinyllm.save_checkpoint(path, small_model(block_size=64))
+    return path
+
+
+def test_plain_in_order_with_errors_in_place(checkpoint):
+    """One line in, one line out; a line that is no problem is an error there, and the others go on."""
+    status, out, _ = command("ask", "--plain", "--checkpoint", checkpoint, stdin="1+2\n1/0\n\uff13\u00d74\nx\n5-6\n")
+    rows = out.splitlines()
+    assert status == 2 and [row.split("=")[0].split(":")[0] for row in rows] == ["1+2", "error", "3*4", "error", "5-6"]
+
+
+def test_ask_shows_and_checks_each_step(checkpoint):
+    """The working a step a line, each with a check that is labelled as one; an untrained model is found out."""
+    status, out, _ = command("ask", "12+39", "--checkpoint", checkpoint)
+    assert status == 0 and out.startswith("12+39 = ") and "check: NOT TRUE" in out
+
+
+@pytest.mark.parametrize("args, words", [
+    (["ask", "12+\u00b2"], "U+00B2"), (["ask", "(1+2"], "closing bracket"), (["ask", "1/(2-2)"], "division by zero"),
+    (["ask", ""], "empty"), (["ask", "1+" * 30 + "1"], "characters"), (["ask", "1", "--checkpoint", "no.pt"], "no checkpoint"),
+    (["train", "--minutes", "0"], "--minutes"), (["train", "--steps", "0"], "--steps 0"), (["frobnicate"], "invalid choice"),
+    (["train", "--out", "no/such/folder/x.pt"], "cannot write"), (["train", "--steps", "many"], "invalid int"),
+    (["eval", "--checkpoint", str(HERE / "README.md")], "damaged"), (["train", "--out", str(HERE)], "folder"),
+])
+def test_errors_are_sentences(args, words, checkpoint):
+    """Bad input: one line on stderr that says what to do, status 2, no traceback, on a Japanese console as well."""
+    if args[0] == "ask" and "--checkpoint" not in args:
+        args = [*args, "--checkpoint", str(checkpoint)]
+    status, out, err = command(*args, PYTHONIOENCODING="cp932")
+    assert status == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_checkpoint_is_never_silently_replaced(checkpoint):
+    """train refuses an --out that exists, and leaves it as it was."""
+    before = checkpoint.read_bytes()
+    status, _, err = command("train", "--steps", 1, "--out", checkpoint)
+    assert status == 2 and "--resume" in err and "--force" in err and checkpoint.read_bytes() == before
+
+
+def test_train_and_eval_as_a_person_runs_them(tmp_path):
+    """A tiny run through the command line: before, rows, table, plot, next commands; eval and its target; resume."""
+    path, size = tmp_path / "tiny.pt", ["--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--batch_tokens", 128, "--no-working"]
+    status, out, err = command("train", "--steps", 10, "--out", path, *size)
+    assert status == 0, err
+    for words in ("Before training", "parameters on cpu", "100%", "answers right", "+-----", "Now try", "tiny.pt"):
+        assert words in out
+    assert "\r" not in out and out.isascii()
+    losses = [row["loss"] for row in tinyllm.read_checkpoint(path)["history"]]
+    assert command("train", "--steps", 10, "--out", path, "--force", *size)[0] == 0
+    assert losses == [row["loss"] for row in tinyllm.read_checkpoint(path)["history"]]
+    status, out, err = command("train", "--steps", 12, "--out", path, "--resume")
+    assert status == 0 and tinyllm.read_checkpoint(path)["step"] == 12, err
+    status, out, _ = command("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99, "--json", tmp_path / "e.json")
+    assert status == 1 and "below the target" in out and "mul 4*" in out and (tmp_path / "e.json").stat().st_size > 100
+
+
+def test_data_is_what_the_model_learns_from():
+    """`data` prints true lines of the side and kind that was asked for."""
+    status, out, _ = command("data", "--kind", "mul", "--split", "test", "--count", 5)
+    rows = out.split()
+    assert status == 0 and len(rows) == 5
+    assert all(tinyllm.is_true(row) and tinyllm.is_held_out(row.split("=")[0]) for row in rows)
+
+
+######## README ########
+
+def test_line_numbers_in_the_readme():
+    """The README's plan names the line at which each step of the file begins."""
+    source = (HERE / "tinyllm.py").read_text(encoding="utf-8").splitlines()
+    plan = re.findall(r"\[line (\d+)\]\(tinyllm\.py#L(\d+)\) \| Step ([0-9-]+)", (HERE / "README.md").read_text(encoding="utf-8"))
+    starts = {match[1]: str(i) for i, text in enumerate(source, 1) if (match := re.match(r"######## Step ([0-9-]+):", text))}
+    assert {step: number for number, link, step in plan if number == link} == starts

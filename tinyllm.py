@@ -1,0 +1,1480 @@
+"""tinyllm: how an LLM works, in one file that you can read from top to bottom.
+
+It trains a small GPT from scratch, on an ordinary CPU, until it does school arithmetic and writes out
+its working line by line as a pupil does:
+
+    (12+3)*4-6=15*4-6=60-6=54
+
+The problem ends at the first "=". Everything after it is written by the model, one character at a time:
+no calculator stands between the model and its answer. Every step is a true equation, so every line can
+be checked exactly - when the training data are made, and again after the model has answered.
+
+    python tinyllm.py train                learn (the README says how long it took, and on what)
+    python tinyllm.py eval                 how good is it, on problems that it never saw?
+    python tinyllm.py ask "12*34"          ask it something
+    python tinyllm.py data --kind mul      look at what it learns from
+
+The map of this file, which is also a plan for learning the subject:
+
+    Step 1  PyTorch in five facts           tensors, NumPy, autograd, nn.Module, the optimizer
+    Step 2  What an LLM is                  next-token prediction, embedding, attention
+    Step 3  The model                       tokenizer, embeddings, attention, MLP, block, TinyLLM
+    Step 4  The data                        rewriting rules, problems, the x / y / counted table, the loader
+    Step 5  Training                        loss, optimizers, schedule, the loop, monitoring, saving
+    Step 6  Evaluation                      held-out problems, greedy decoding, what "right" means
+    Step 7  Going further                   the commands
+
+Glossary, each short name with an example of its value:
+
+    problem    "12*34"                      what is asked; it never contains "="
+    line       "12*34=12*30+12*4=360+48=408"  problem, "=", the steps; the last step is the answer
+    node       ("+", 12, ("*", 3, 4))       a problem as a tree: an int, or an operator and its operands
+    kind       "add", "sub", "mul", "div", "expr"      the kinds of problem; each has a size
+    ids        [2, 3, 11, 4]                token numbers: "21+3" as the model reads it (see Step 3-1)
+    B, T, C    64, 32, 128                  batch (rows), time (tokens in a row), channels (n_embd)
+    H, D       4, 32                        attention heads (n_head), channels of one head (head_dim)
+    V          18                           size of the vocabulary
+    logits     (B, T, V)                    one score for each possible next token
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import unicodedata
+import warnings
+import zlib
+from fractions import Fraction
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # NumPy is welcome, not needed
+import torch                                                              # noqa: E402
+import torch.nn as nn                                                     # noqa: E402
+import torch.nn.functional as F                                           # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset                  # noqa: E402
+
+
+class InputError(ValueError):
+    """Something a person gave us cannot be used. The message is one sentence: what was wrong, what to do."""
+
+
+######## Step 1: PyTorch in five facts ########################################################################
+
+def five_facts():
+    """Everything about PyTorch that the rest of this file needs. The tests run each line.
+
+    Fact 1. A tensor is a block of numbers with a shape and one dtype for all of them.
+
+    >>> torch.empty(2, 3).shape               # memory that is not set yet: only the shape is certain
+    torch.Size([2, 3])
+    >>> bool((torch.rand(1000) < 1).all())    # uniform in [0, 1)
+    True
+    >>> torch.zeros(2, dtype=torch.long)      # long, 64-bit integers: the dtype of token ids
+    tensor([0, 0])
+    >>> torch.tensor([5.5, 3]).dtype          # one float makes all of them float; 32 bits are enough and fast
+    torch.float32
+
+    Fact 2. A CPU tensor and a NumPy array can share their memory, so turning one into the other copies nothing.
+
+    >>> try:
+    ...     import numpy
+    ...     array = torch.ones(2).numpy()
+    ...     array += 1                        # changes the tensor too; from_numpy goes the other way
+    ...     print(torch.from_numpy(array).tolist())
+    ... except ImportError:
+    ...     print([2.0, 2.0])                 # NumPy is not installed: skipped; nothing below needs it
+    [2.0, 2.0]
+
+    Fact 3. Autograd: PyTorch records what is done to a tensor that requires_grad; backward() walks back through
+    the record by the chain rule. By hand: the derivative of w^2 + 3w is 2w + 3, which is 7 at w = 2.
+
+    >>> w = torch.tensor(2.0, requires_grad=True)
+    >>> (w ** 2 + 3 * w).backward()
+    >>> w.grad
+    tensor(7.)
+
+    Fact 4. An nn.Module holds the state that is learned (the weights), so a network inherits from it: whatever
+    is assigned to self - a layer, a Parameter - is found by parameters() and state_dict().
+
+    >>> layer = nn.Linear(3, 2, bias=False)   # y = x W^T, with W of shape (2, 3)
+    >>> [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+    [('weight', (2, 3))]
+
+    Fact 5. A loss says how wrong the network is; an optimizer moves each weight a little against its gradient.
+
+    >>> optimizer = torch.optim.SGD([w], lr=0.1)
+    >>> loss = (w - 5) ** 2                   # 9.0: w is 2 and should be 5
+    >>> optimizer.zero_grad(); loss.backward(); optimizer.step()
+    >>> bool((w - 5) ** 2 < loss)
+    True
+    """
+
+
+######## Step 2: what an LLM is ###############################################################################
+#
+# A language model does one thing: it looks at the tokens so far and gives a probability to each token that may
+# come next. The probability of a text is the product of these:
+#
+#     P(t1 t2 ... tn) = P(t1) P(t2 | t1) P(t3 | t1 t2) ... P(tn | t1 ... tn-1)
+#
+# Training makes the texts of the training data probable, by gradient descent on the mean of -ln P(next token).
+# Writing is: take the likeliest token, append it, ask again. ChatGPT does this with words; we do it with digits.
+#
+#     ids    (B, T)      "12+3="  as numbers
+#       |
+#     embedding          each id becomes a vector of C numbers, the row of a table. The rows are learned: tokens
+#       |                that behave alike end up with vectors that are alike.
+#     block  x n_layer   attention: a token LOOKS at earlier tokens and takes what it needs from them. Each sends
+#       |                  a query ("I write the tens digit: where are the tens?"), each shows a key ("I am a
+#       |                  tens digit") and a value ("I am a 7"). Where query and key agree, the value flows.
+#       |                MLP: then each token THINKS about what it took, by itself.
+#       |                Both ADD their result to the token's vector: x = x + attention(x); x = x + mlp(x).
+#     head               C numbers become V scores, the logits; softmax makes them probabilities.
+#       |
+#     logits (B, T, V)   at every position at once, which is why training is fast
+#
+# Why it writes its working: a model with n_layer blocks has n_layer moments of thought for each token, no more.
+# Whatever takes more thought than that must be written down and read again. `train --no-working` shows the
+# difference: the same model, asked for the answer alone, fails at x and /.
+
+def untrained_loss(vocab_size):
+    """The loss, in nats a token, of a model that knows nothing: it gives each token the probability 1/V.
+
+    >>> logits = torch.zeros(1, 18)                                    # the same score for all 18 tokens
+    >>> round(F.cross_entropy(logits, torch.tensor([7])).item(), 3), round(untrained_loss(18), 3)
+    (2.89, 2.89)
+    """
+    return math.log(vocab_size)
+
+
+def knob(default, help):
+    """A field of Config with the sentence that --help shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every number that defines a run. Each is a flag of `train`: --n_layer 2, --no-place ... Raises InputError."""
+    n_layer: int = knob(4, "blocks, one after the other")
+    n_head: int = knob(4, "attention heads of a block")
+    n_embd: int = knob(128, "channels C: the length of a token's vector")
+    block_size: int = knob(320, "longest line, in tokens")
+    n_place: int = knob(24, "places with an embedding of their own: none, ones, tens, hundreds ...")
+    n_slot: int = knob(40, "slots with an embedding of their own: before the first sign of a step, after it ...")
+    place: bool = knob(True, "give the model place and slot embeddings")
+    ones_first: bool = knob(True, "write numbers from the ones place")
+    working: bool = knob(True, "learn to write the working; --no-working learns problem=answer alone")
+    muon: bool = knob(True, "train the blocks' matrices with Muon; --no-muon trains everything with AdamW")
+    steps: int = knob(11000, "optimizer steps")
+    batch_tokens: int = knob(1024, "tokens of a batch, about")
+    lr: float = knob(0.02, "highest learning rate of Muon")
+    adam_lr: float = knob(0.003, "highest learning rate of AdamW")
+    weight_decay: float = knob(0.01, "pull of the weights towards zero")
+    warmup: int = knob(100, "steps in which the learning rates rise")
+    flat: float = knob(0.4, "part of the run after which the learning rates fall, below 1")
+    seed: int = knob(0, "chooses the first weights and the training problems")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            number = getattr(self, field.name)
+            if field.name not in ("seed", "weight_decay", "flat") and field.type is not bool and not number > 0:
+                raise InputError(f"--{field.name} {number} must be more than 0")
+        if self.n_embd % (2 * self.n_head):
+            raise InputError(f"--n_embd {self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}")
+        if not 0 <= self.flat < 1:
+            raise InputError(f"--flat {self.flat} must be at least 0 and below 1")
+
+
+######## Step 3-1: the tokenizer ##############################################################################
+#
+# One token is one character. Numbers are turned round at this door, and only here: the model reads and writes
+# 408 as 8, 0, 4. Carries run from the ones upward, so each digit can be written when all it depends on is known.
+# (Lee et al. 2023, "Teaching Arithmetic to Small Transformers", found the same for addition.)
+
+VOCAB = "\n0123456789+-*/()="           # token 0, the newline, ends a line and fills up short rows
+ID = {ch: i for i, ch in enumerate(VOCAB)}
+END, EQUALS, DIGITS = ID["\n"], ID["="], (ID["0"], ID["9"])
+
+
+def reverse_numbers(text):
+    """Turn each number round. Doing it twice gives the text back.
+
+    >>> reverse_numbers("12*34=408")
+    '21*43=804'
+    """
+    return re.sub("[0-9]+", lambda match: match[0][::-1], text)
+
+
+def encode(text, ones_first=True):
+    """Text to a list of token ids.
+
+    >>> encode("12+3")
+    [3, 2, 11, 4]
+    """
+    return [ID[ch] for ch in (reverse_numbers(text) if ones_first else text)]
+
+
+def decode(ids, ones_first=True):
+    """Token ids to text, the inverse of encode.
+
+    >>> decode(encode("12*34=408"))
+    '12*34=408'
+    """
+    text = "".join(VOCAB[i] for i in ids)
+    return reverse_numbers(text) if ones_first else text
+
+
+######## Step 3-2: embeddings #################################################################################
+#
+# A token's first vector says what it is (token embedding), and where it stands in what is written:
+#   place   which digit of its number it is - ones, tens, hundreds - so that digits to be added can find each other
+#           (the abacus embedding of McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings");
+#   slot    how many signs its step has had so far, so that a step can find its counterpart in the step before.
+# Both are counted from the tokens alone, from left to right, so nothing about the future leaks in.
+
+def positions(ids):
+    """The place and the slot of each token: ids (B, T) -> place (B, T), slot (B, T), both long.
+
+    Signs have place 0, the first digit of a number has place 1. The slot starts again after each "=".
+
+    >>> place, slot = positions(torch.tensor([encode("12+345=357")]))
+    >>> place[0].tolist()
+    [1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
+    >>> slot[0].tolist()
+    [0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+    """
+    column = torch.arange(ids.shape[1], device=ids.device)                            # (T,)
+    is_sign = (ids < DIGITS[0]) | (ids > DIGITS[1])                                   # (B, T)
+    place = column - torch.where(is_sign, column, -1).cummax(1).values                # distance to the last sign
+    n_signs = is_sign.cumsum(1)
+    slot = n_signs - torch.where(ids == EQUALS, n_signs, 0).cummax(1).values          # signs since the last "="
+    return place, slot
+
+
+# Order within the row comes from RoPE (Su et al. 2021, "RoFormer"): query and key are cut into pairs of channels,
+# each pair is read as one complex number and turned by an angle proportional to its column. A dot product then
+# depends on the DIFFERENCE of two columns only: "three tokens back" looks the same everywhere in a line.
+
+def rotations(block_size, head_dim, base=10000.0):
+    """The turns of RoPE, complex (block_size, head_dim/2): e^(i * column * speed), each pair with its own speed."""
+    speed = base ** (-torch.arange(0, head_dim, 2) / head_dim)                        # (D/2,) from 1 down to 1/base
+    angle = torch.arange(block_size)[:, None] * speed                                 # (T, D/2)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x, turns):
+    """Turn x (..., T, D) by turns (T, D/2): pairs of channels as complex numbers, one multiplication."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                   # (..., T, D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)                   # (..., T, D)
+
+
+######## Step 3-3: attention, MLP, block ######################################################################
+
+def attention(q, k, v):
+    """Causal attention written out: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    (Vaswani et al. 2017, "Attention Is All You Need".) The T queries are the last T of the S columns. This is
+    what the model computes; it calls PyTorch's fused version, which is faster, and a test holds the two together.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, S) agreement
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)      # True right of the diagonal
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1)                   # each row sums to 1
+    return weights @ v                                                                # (B, H, T, D) mix of values
+
+
+class CausalSelfAttention(nn.Module):
+    """Tokens look at earlier tokens: x (B, T, C) -> (B, T, C).
+
+    cache is None in training. In decoding it is a list that keeps keys and values of earlier columns, so that
+    each is computed once: empty at first, then [k, v], each (B, H, S, D).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.head_dim = config.n_head, config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)            # query, key, value in one
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        nn.init.zeros_(self.out.weight)       # a new block adds nothing at first, so that gradients pass freely
+
+    def forward(self, x, turns, cache=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim).transpose(1, 3)   # (B, H, 3, T, D)
+        # QK-norm (Henry et al. 2020): queries and keys of fixed length, so that no score can run away
+        qk = rotate(F.layer_norm(qkv[:, :, :2], (self.head_dim,)), turns)             # (B, H, 2, T, D)
+        q, k, v = qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]                              # each (B, H, T, D)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)      # (B, H, S, D)
+            cache[:] = [k, v]
+        # a single new token may look at everything; several tokens need the mask
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)                  # = attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))                           # heads side by side again
+
+
+class MLP(nn.Module):
+    """Each token thinks by itself: x (B, T, C) -> (B, T, C), through a hidden layer four times as wide."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.hidden = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x):
+        return self.out(F.gelu(self.hidden(x)))                                       # (B, T, 4C) in between
+
+
+class Block(nn.Module):
+    """Look, then think: x (B, T, C) -> (B, T, C).
+
+    Pre-norm: the norm stands before each part, not after the sum as in the figure of the 2017 paper, so that the
+    sums form an unbroken path from the embedding to the head (Xiong et al. 2020).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attention, self.mlp = CausalSelfAttention(config), MLP(config)
+
+    def forward(self, x, turns, cache=None):
+        x = x + self.attention(self.norm1(x), turns, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+######## Step 3-4: the model ##################################################################################
+
+class TinyLLM(nn.Module):
+    """A decoder-only Transformer: ids (B, T) -> logits (B, T, V).
+
+    >>> model = TinyLLM(Config(n_layer=2))
+    >>> model(torch.tensor([encode("12+3=15")])).shape           # 7 tokens, 18 scores for what follows each
+    torch.Size([1, 7, 18])
+    >>> sum(p.numel() for p in TinyLLM(Config()).parameters())
+    801536
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token = nn.Embedding(len(VOCAB), config.n_embd)
+        self.place = nn.Embedding(config.n_place, config.n_embd)
+        self.slot = nn.Embedding(config.n_slot, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, len(VOCAB), bias=False)
+        for layer in (self.token, self.place, self.slot, self.head):
+            nn.init.normal_(layer.weight, std=0.02)              # small: all logits start near 0, the loss near ln V
+        # a buffer moves to the GPU with the model; persistent=False keeps it out of the checkpoint
+        self.register_buffer("turns", rotations(config.block_size, config.n_embd // config.n_head), persistent=False)
+
+    def forward(self, ids, cache=None):
+        """ids (B, T) -> logits (B, T, V). With a cache (one list per block), only of the columns not in it yet."""
+        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        x = self.token(ids[:, start:])                                                # (B, T, C)
+        if self.config.place:
+            place, slot = positions(ids)                                              # of the whole row
+            x = x + self.place(place[:, start:].clamp(max=self.config.n_place - 1))
+            x = x + self.slot(slot[:, start:].clamp(max=self.config.n_slot - 1))
+        turns = self.turns[start:ids.shape[1]]                                        # (T, D/2)
+        for i, block in enumerate(self.blocks):
+            x = block(x, turns, None if cache is None else cache[i])                  # (B, T, C)
+        return self.head(self.norm(x))                                                # (B, T, V)
+
+
+######## Step 4-1: making the data ############################################################################
+#
+# We need endless problems with their working. The machine that makes them is one idea: a problem is a tree, and
+# a step REWRITES it. Every operation whose operands are plain numbers is rewritten at once; what is left when
+# nothing changes any more is the answer. A new kind of problem needs one more rule, and nothing else.
+
+MAX_DEPTH, MAX_LENGTH = 40, 400                      # brackets within brackets, characters: bounds for any input
+LOOKALIKES = str.maketrans("\u00d7\u00f7\u2212\u2215\u22c5", "*/-/*")      # times, divided by, minus, slash, dot
+
+
+def normalize(text):
+    """What people type, as the characters of VOCAB. Raises InputError that names the first unknown character.
+
+    >>> normalize(" 12 \\u00d7 (3 + 007) = ")
+    '12*(3+7)'
+    """
+    if re.search(r"[0-9]\s+[0-9]", text):
+        raise InputError("there is a space inside a number; write the number without it")
+    clean = ""
+    for ch in text:
+        plain = unicodedata.normalize("NFKC", ch).translate(LOOKALIKES)
+        if not plain.strip():                        # white space, also the ideographic one
+            continue
+        if plain not in ID or unicodedata.category(ch) == "No":                       # "No": a small raised 2 ...
+            raise InputError(f"unknown character {describe(ch)}; write digits, + - * / and brackets")
+        clean += plain
+    clean = clean[:-1] if clean.endswith("=") else clean
+    if not clean:
+        raise InputError("the problem is empty; write something like 12*34")
+    if "=" in clean:
+        raise InputError("a problem has no '=' inside; write only what stands before it")
+    return re.sub("(?<![0-9])0+(?=[0-9])", "", clean)                                 # 007 is 7
+
+
+def describe(ch):
+    """A character's name in ASCII, for messages on any console."""
+    return f"'{ch}'" if ch.isascii() and ch.isprintable() else f"U+{ord(ch):04X} {unicodedata.name(ch, '')}".strip()
+
+
+def parse(text):
+    """Text to tree: school precedence, left to right. Raises InputError that says where it breaks off.
+
+    >>> parse("1+2*3-4")
+    ('-', ('+', 1, ('*', 2, 3)), 4)
+    >>> parse("-(1+2)/3")
+    ('/', ('neg', ('+', 1, 2)), 3)
+    """
+    if len(text) > MAX_LENGTH:
+        raise InputError(f"the problem has {len(text)} characters, {MAX_LENGTH} at most can be read; write less")
+    tokens, at = re.findall("[0-9]+|.", text), 0
+
+    def peek():
+        return tokens[at] if at < len(tokens) else ""
+
+    def take():
+        nonlocal at
+        at += 1
+        return tokens[at - 1]
+
+    def fail(wanted):
+        place = f"at {describe(peek()[0])}, character {len(''.join(tokens[:at])) + 1}" if peek() else "at the end"
+        raise InputError(f"{wanted} {place} of {text[:40]}")
+
+    def number(depth):                               # a number, or something in brackets
+        if peek().isdigit():
+            return int(take())
+        if peek() != "(":
+            fail("a number or an opening bracket is missing")
+        if depth == MAX_DEPTH:
+            raise InputError(f"brackets are nested deeper than {MAX_DEPTH}; write the problem in several parts")
+        take()
+        node = terms(depth + 1)
+        if peek() != ")":
+            fail("a closing bracket is missing")
+        take()
+        return node
+
+    def factors(depth):                              # numbers joined by * and /
+        node = number(depth)
+        while peek() and peek() in "*/":
+            node = (take(), node, number(depth))
+        return node
+
+    def terms(depth):                                # a sign, perhaps; then factors joined by + and -
+        if peek() == "-":
+            take()
+            node = number(depth)
+            node = -node if isinstance(node, int) else ("neg", node)
+            while peek() and peek() in "*/":
+                node = (take(), node, number(depth))
+        else:
+            node = factors(depth)
+        while peek() and peek() in "+-":
+            node = (take(), node, factors(depth))
+        return node
+
+    node = terms(0)
+    if peek():
+        fail("an operator is missing" if peek() != ")" else "an opening bracket is missing for the one")
+    return node
+
+
+STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2}          # the stronger operator binds first
+
+
+def to_text(node, first=True, spare=lambda: False):
+    """Tree to text, the inverse of parse, with no brackets but those that are needed.
+
+    first: node is the first thing written after "(" or "=", where -3 needs no brackets.
+    spare: asked at every operation whether to put brackets that are not needed, as people do.
+
+    >>> to_text(("-", ("*", -3, ("+", 1, 2)), ("neg", ("/", 8, 4))))
+    '-3*(1+2)-(-(8/4))'
+    """
+    if isinstance(node, int):
+        return str(node) if first or node >= 0 else f"({node})"
+    if node[0] == "neg":
+        return f"-({to_text(node[1])})" if first else f"(-({to_text(node[1])}))"
+    op, left, right = node
+
+    def side(child, first, weakest):
+        if isinstance(child, int) or child[0] == "neg" or (STRENGTH[child[0]] >= weakest and not spare()):
+            return to_text(child, first, spare)
+        return f"({to_text(child, True, spare)})"
+
+    return side(left, first, STRENGTH[op]) + op + side(right, False, STRENGTH[op] + 1)
+
+
+def split_places(n):
+    """345 -> [300, 40, 5]: the number by place value, without zeros."""
+    digits = str(abs(n))
+    return [int(math.copysign(int(d) * 10 ** i, n)) for i, d in zip(range(len(digits) - 1, -1, -1), digits) if d != "0"]
+
+
+def add_up(nodes):
+    """[a, b, c] -> the tree of a+b+c."""
+    total, *rest = nodes
+    for node in rest:
+        total = ("+", total, node)
+    return total
+
+
+def multiply(a, b):
+    """The tables up to 9*9, with zeros behind, are known by heart; larger factors are split by place value.
+
+    >>> [to_text(multiply(*factors)) for factors in ((40, 20), (345, 20), (345, 27), (-345, 27))]
+    ['800', '6000+800+100', '345*20+345*7', '-(345*20+345*7)']
+    """
+    if a < 0 or b < 0:
+        product = multiply(abs(a), abs(b))
+        return product if (a < 0) == (b < 0) else -product if isinstance(product, int) else ("neg", product)
+    parts_a, parts_b = split_places(a), split_places(b)
+    if len(parts_a) <= 1 and len(parts_b) <= 1 or not a * b:
+        return a * b
+    if len(parts_a) == 1 or len(parts_b) == 1:
+        return add_up([p * q for p in parts_a for q in parts_b])
+    if len(parts_a) < len(parts_b):
+        return add_up([("*", p, b) for p in parts_a])
+    return add_up([("*", a, q) for q in parts_b])
+
+
+def divide(a, b):
+    """Take off a multiple of the divisor, "digit x power of ten"; reduce what is smaller than the divisor.
+
+    >>> to_text(divide(534, 7)), to_text(divide(1831, 23)), to_text(divide(12, 18))
+    ('70+44/7', '70+(1831-1400-210)/23', '6/9')
+    """
+    if b < 0:
+        return ("/", -a, -b)
+    sign, a = (-1, -a) if a < 0 else (1, a)
+    if a < b:                                        # a fraction: cancel the smallest common prime, if there is one
+        common = math.gcd(a, b)
+        prime = next((p for p in range(2, min(common, 1000)) if common % p == 0), common)
+        return ("/", sign * a // prime, b // prime) if a else 0
+    power = 10 ** (len(str(a // b)) - 1)
+    # From 20 on nobody knows the tables. A pupil rounds up, 23 to 25, and takes a digit that is sure to fit.
+    easy = b if b < 20 else -(-b // 5) * 5
+    taken = max(1, a // power // easy) * power
+    if b < 10 and a == taken * b:
+        return sign * taken
+    rest = a - taken * b if b < 10 else a
+    for part in split_places(b) if b >= 10 else []:
+        rest = ("-", rest, taken * part)
+    return ("+" if sign > 0 else "-", sign * taken, ("/", rest, b))
+
+
+RULES = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": multiply, "/": divide, "neg": lambda a: -a}
+
+
+def column(node, op):
+    """The numbers of a column like 6000+800+100 (op "+") or 1831-1200-180 (op "-"); None for anything else."""
+    if isinstance(node, int):
+        return [node] if node >= 0 else None
+    if node[0] != op or not isinstance(node[2], int) or node[2] < 0:
+        return None
+    above = column(node[1], op)
+    return above and above + [node[2]]
+
+
+def rewrite(node):
+    """One step of working: each operation on plain numbers is rewritten, all of them at once; columns in one go.
+
+    >>> node = parse("(12+3)*4-6-4")
+    >>> while rewrite(node) != node: node = rewrite(node); print(to_text(node))
+    15*4-6-4
+    40+20-6-4
+    60-6-4
+    50
+    """
+    if isinstance(node, int):
+        return node
+    op, *old = node
+    if op in "+-" and (numbers := column(node, op)):
+        return sum(numbers) if op == "+" else numbers[0] - sum(numbers[1:])
+    if all(isinstance(child, int) for child in old):
+        return RULES[op](*old)
+    new = [rewrite(child) for child in old]
+    if op == "neg":
+        return -new[0] if isinstance(new[0], int) else (op, new[0])
+    if op in "+-" and isinstance(new[0], int) and isinstance(old[1], tuple) and old[1][0] == "/":
+        if new[1] == 0:
+            return new[0]                            # 19+0/12 -> 19
+        if op == "+" and isinstance(new[1], tuple) and new[1][0] == "+":
+            return ("+", new[0] + new[1][1], new[1][2])      # 60+451/23 -> 70+(451-...)/23: partial quotients add up
+    return (op, *new)
+
+
+def solve_by_rules(problem, working=True):
+    """The line that the model should write for a problem. This makes training data; no answer passes through it.
+
+    >>> for p in ("345*27", "1234/7", "36/84", "(36/9)-31"): print(solve_by_rules(p))
+    345*27=345*20+345*7=6000+800+100+(2100+280+35)=6900+2415=9315
+    1234/7=100+534/7=170+44/7=176+2/7
+    36/84=18/42=9/21=3/7
+    (36/9)-31=4-31=-27
+    """
+    node = parse(problem)
+    steps = []
+    while not steps or rewrite(node) != node:
+        node = rewrite(node)
+        steps.append(to_text(node))
+    return "=".join([problem, *(steps if working else steps[-1:])])
+
+
+def value(node):
+    """The exact value of a tree, a Fraction. Raises InputError for a division by zero."""
+    if isinstance(node, int):
+        return Fraction(node)
+    op, *children = node
+    numbers = [value(child) for child in children]
+    if op == "/":
+        if numbers[1] == 0:
+            raise InputError("a division by zero has no answer; change the divisor")
+        return numbers[0] / numbers[1]
+    return RULES[op](*numbers) if op != "*" else numbers[0] * numbers[1]
+
+
+def is_true(line):
+    """Is every step of a line equal to the problem? Exact, by Fraction; what cannot be read is not true.
+
+    >>> is_true("10/4=2+2/4=2+1/2"), is_true("10/4=2+2/4=3"), is_true("10/4=2+")
+    (True, False, False)
+    """
+    try:
+        return len({value(parse(step)) for step in line.split("=")}) == 1 and "=" in line
+    except InputError:
+        return False
+
+
+def is_simple(text):
+    """Is this an answer: a number, or a proper fraction or mixed number in lowest terms?"""
+    try:
+        node = parse(text)
+        value(node)                                  # raises for 5/0, which no rule rewrites
+        return rewrite(node) == node
+    except InputError:
+        return False
+
+
+# Held out by construction. A problem is never trained on if a number computed from its text says so: the same on
+# every machine, for every seed, for any amount of data. Twins share their fate: 12+39 and 39+12 are one problem.
+
+def canonical(node):
+    """One text for all problems that differ only in the order of terms or factors.
+
+    >>> canonical(parse("12+39*2")) == canonical(parse("2*39+12")), canonical(parse("-3+5")) == canonical(parse("5-3"))
+    (True, True)
+    """
+    def collect(node, ops, sign="+"):                # flatten a chain of + and - (or of *) into signed parts
+        if isinstance(node, int):
+            return [(sign if node >= 0 or ops == "*" else flip[sign]) + str(node if ops == "*" else abs(node))]
+        op, *children = node
+        if op == "neg" and ops == "+-":
+            return collect(children[0], ops, flip[sign])
+        if op in ops:
+            return collect(children[0], ops, sign) + collect(children[1], ops, flip[sign] if op == "-" else sign)
+        return [sign + canonical(node)]
+
+    flip = {"+": "-", "-": "+"}
+    if isinstance(node, tuple) and node[0] == "/":
+        return f"{canonical(node[1])}/{canonical(node[2])}"
+    ops = "*" if isinstance(node, tuple) and node[0] == "*" else "+-"
+    return "(" + " ".join(sorted(collect(node, ops))) + ")"
+
+
+def is_held_out(problem):
+    """Is this problem (text) kept for evaluation? One in ten is. Raises InputError if it cannot be read.
+
+    >>> is_held_out("12+39"), is_held_out("39+12"), is_held_out("12+45"), is_held_out("45+12")
+    (False, False, True, True)
+    """
+    return zlib.crc32(canonical(parse(problem)).encode("ascii")) % 10 == 0
+
+
+# The kinds of problem. Each has a function draw(rng, top) -> text, which draws a problem no larger than `top`, and a
+# size: digits of the longest number, or operators. Lengths are drawn evenly, not values: nearly all numbers below
+# 10^10 have ten digits, and who has never seen short ones cannot do them.
+
+def number(rng, n_digits):
+    """A number of n digits (one digit: 0 to 9)."""
+    return rng.randrange(10 ** (n_digits - 1) if n_digits > 1 else 0, 10 ** n_digits)
+
+
+def draw_sum(op):
+    """Sums or differences; some are made hard on purpose: equal lengths, equal beginnings, long carries."""
+    def draw(rng, top):
+        a, b = number(rng, rng.randint(1, top)), number(rng, rng.randint(1, top))
+        dice, digits = rng.random(), str(a)
+        keep = rng.randrange(len(digits))
+        if dice < 0.3:
+            b = number(rng, len(digits))
+        if dice < 0.1:                               # 48213-48179: which is larger?
+            b = int(digits[:keep] + str(number(rng, len(digits) - keep)).zfill(len(digits) - keep))
+        elif dice > 0.9:                             # 48213+51786: one more, and every place carries
+            b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
+        return f"{'-' if rng.random() < 0.05 else ''}{a}{op}{b}"
+    return draw
+
+
+def draw_product(rng, top):
+    return f"{number(rng, rng.randint(1, top))}*{number(rng, rng.randint(1, top))}"
+
+
+def draw_quotient(rng, top):
+    """Half come out even, the others do not, or only by chance."""
+    a, b = number(rng, rng.randint(1, top)), max(1, number(rng, rng.randint(1, 2)))
+    if rng.random() < 0.5:
+        a = max(1, a // b) * b
+    return f"{a}/{b}"
+
+
+def draw_expression(rng, top):
+    """2 operators or more, all four operations; every value within four digits, divisions even."""
+    def tree(n):                                     # n operators -> (node, its value)
+        if n == 0:
+            leaf = number(rng, rng.choices((1, 2, 3, 4), (45, 40, 12, 3))[0]) * (-1 if rng.random() < 0.05 else 1)
+            return leaf, leaf
+        while True:
+            op, n_left = rng.choice("+-*/"), rng.randrange(n)
+            (left, a), (right, b) = tree(n_left), tree(n - 1 - n_left)
+            if op == "/":
+                if isinstance(left, int):            # choose the dividend to suit the divisor
+                    left = a = b * number(rng, rng.choice((1, 1, 2)))
+                elif isinstance(right, int):         # or the divisor to suit the dividend
+                    right = b = rng.choice([d for d in range(1, 100) if a % d == 0])
+                if not 0 < abs(b) < 100 or a % b:
+                    continue
+            result = a // b if op == "/" else RULES[op](a, b) if op != "*" else a * b
+            if abs(result) <= 9999 and abs(a) <= 9999:
+                break
+        if rng.random() < 0.04:
+            return ("neg", (op, left, right)), -result
+        return (op, left, right), result
+
+    while True:
+        problem = to_text(tree(rng.randint(2, top))[0], spare=lambda: rng.random() < 0.06)
+        if len(solve_by_rules(problem)) <= 128:      # no longer than a line in a notebook
+            return problem
+
+
+@dataclasses.dataclass
+class Kind:
+    draw: object        # draw(rng, top) -> problem
+    sizes: range        # sizes that are trained on; top is the last one
+    share: float        # how often it is drawn
+
+
+KINDS = {
+    "add": Kind(draw_sum("+"), range(1, 11), 1.0),
+    "sub": Kind(draw_sum("-"), range(1, 11), 1.0),
+    "mul": Kind(draw_product, range(1, 4), 1.0),
+    "div": Kind(draw_quotient, range(1, 6), 1.5),
+    "expr": Kind(draw_expression, range(2, 5), 1.0),
+}
+
+
+def kind_and_size(problem):
+    """The kind of a problem, and its size: operators of an expression, else digits of the longest number.
+
+    >>> kind_and_size("123*45"), kind_and_size("1+2*3"), kind_and_size("-7")
+    (('mul', 3), ('expr', 2), ('expr', 0))
+    """
+    ops = re.findall(r"(?<=[0-9)])[-+*/]", problem)
+    if len(ops) == 1 and re.fullmatch("-?[0-9]+[-+*/][0-9]+", problem):
+        return {"+": "add", "-": "sub", "*": "mul", "/": "div"}[ops[0]], max(map(len, re.findall("[0-9]+", problem)))
+    return "expr", len(ops)
+
+
+def draw_problem(kind, rng, held_out, top=None):
+    """Draw a problem of a kind, no larger than top (None: as large as they come), from one side of the split."""
+    while True:
+        problem = KINDS[kind].draw(rng, top or KINDS[kind].sizes[-1])
+        if is_held_out(problem) == held_out:
+            return problem
+
+
+######## Step 4-2: from a line to x and y #####################################################################
+
+def to_example(line, ones_first=True):
+    """A line to (x, y): two lists of ids. y is x one token later, or -100 where the token is not counted.
+
+    At each position the model reads x up to there and should say y. Only what it must write counts: everything
+    after the first "=". Nothing leaks: the token in column y is never in x at or before the same row.
+
+    >>> x, y = to_example("7+8=15")
+    >>> for i, (a, b) in enumerate(zip(x, y)):
+    ...     print(i, "reads", repr(VOCAB[a]), "should say", repr(VOCAB[b]) if b >= 0 else "(not counted)")
+    0 reads '7' should say (not counted)
+    1 reads '+' should say (not counted)
+    2 reads '8' should say (not counted)
+    3 reads '=' should say '5'
+    4 reads '5' should say '1'
+    5 reads '1' should say '\\n'
+    """
+    ids = encode(line + "\n", ones_first)
+    n_given = ids.index(EQUALS) + 1
+    return ids[:-1], [-100] * (n_given - 1) + ids[n_given:]
+
+
+######## Step 4-3: the data loader ############################################################################
+
+def largest_size(kind, done, rng):
+    """The largest size to draw when the part `done` (0 to 1) of a run is over: a curriculum, small problems first.
+
+    In the first half of the run the sizes open up one after the other (Bengio et al. 2009, "Curriculum Learning");
+    one problem in ten may be of any size from the start.
+
+    >>> rng = random.Random(0)
+    >>> [max(largest_size("mul", done, rng) for _ in range(5)) for done in (0.0, 0.17, 0.34, 1.0)]
+    [1, 2, 3, 3]
+    """
+    sizes = KINDS[kind].sizes
+    if rng.random() < 0.1:
+        return sizes[-1]
+    return sizes[min(len(sizes) - 1, int(2 * done * len(sizes)))]
+
+
+class ProblemStream(IterableDataset):
+    """An endless stream of batches: x (B, T) long, y (B, T) long with -100 where nothing counts.
+
+    Problems are drawn in pools, sorted by length and cut into batches of about config.batch_tokens, so that hardly
+    any padding is computed. Pool n depends on (seed, n, progress) alone, so a resumed run can start at any batch.
+
+    start: number of the first batch. progress: batch number -> the part of the run that is over, 0 to 1.
+    """
+
+    def __init__(self, config, start=0, progress=None, pool_batches=64):
+        self.config, self.start, self.pool_batches = config, start, pool_batches
+        self.progress = progress or (lambda batch: batch / config.steps)
+
+    def pool(self, n):
+        rng = random.Random(f"{self.config.seed}/{n}")
+        done = self.progress(n * self.pool_batches)
+        kinds, shares = list(KINDS), [kind.share for kind in KINDS.values()]
+        examples, n_tokens = [], 0
+        while n_tokens < self.pool_batches * self.config.batch_tokens:
+            kind = rng.choices(kinds, shares)[0]
+            problem = draw_problem(kind, rng, False, largest_size(kind, done, rng))
+            examples.append(to_example(solve_by_rules(problem, self.config.working), self.config.ones_first))
+            n_tokens += len(examples[-1][0])
+        examples.sort(key=lambda example: len(example[0]))
+        # as many batches in every pool, so that a batch number says which pool it is in
+        cuts, seen = [0], 0
+        for i, (x, _) in enumerate(examples):
+            seen += len(x)
+            if seen >= len(cuts) * n_tokens / self.pool_batches:
+                cuts.append(i + 1)
+        batches = [examples[a:b] for a, b in zip(cuts, cuts[1:])]
+        rng.shuffle(batches)
+        return batches
+
+    def __iter__(self):
+        n, skip = divmod(self.start, self.pool_batches)
+        while True:
+            for batch in self.pool(n)[skip:]:
+                T = max(len(x) for x, _ in batch)
+                yield (torch.tensor([x + [END] * (T - len(x)) for x, _ in batch]),
+                       torch.tensor([y + [-100] * (T - len(y)) for _, y in batch]))
+            n, skip = n + 1, 0
+
+
+######## Step 5-1: loss, optimizers, schedule #################################################################
+
+def loss_of(model, x, y):
+    """Mean of -ln P(y) over the tokens that count: x, y (B, T) -> a scalar, in nats a token."""
+    logits = model(x)                                                                 # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)      # (B*T, V) against (B*T,)
+
+
+def make_optimizers(model, config):
+    """Muon for the blocks' matrices, AdamW for the rest (embeddings, norms, head). Both are PyTorch's own.
+
+    AdamW (Loshchilov and Hutter 2017) scales each weight's step by itself. Muon (Jordan et al. 2024) treats a
+    matrix as one thing: it makes all directions of the step equally long, so that rare ones are learned too.
+    """
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.muon else []
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, momentum=0.95, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(step, done, config):
+    """What the learning rates are multiplied by at this step, when the part `done` (0 to 1) of the run is over.
+
+    Warm up, stay, then fall in a straight line to 2%. The fall is where most of the accuracy is won.
+
+    >>> [round(lr_factor(step, step / 1000, Config()), 2) for step in (0, 49, 99, 400, 700, 1000)]
+    [0.01, 0.5, 1.0, 1.0, 0.51, 0.02]
+    """
+    fall = min(1.0, (1 - done) / (1 - config.flat))
+    return min(1.0, (step + 1) / config.warmup) * (0.02 + 0.98 * fall)
+
+
+######## Step 5-2: the training loop ##########################################################################
+
+def train(config, out, minutes=None, resume=None, device="cpu", report=print):
+    """Train a model and return it. Saves to `out` at every tenth of the run and when Ctrl-C is pressed.
+
+    minutes: how long to train; None trains for config.steps steps, which gives the same result every time.
+    resume: a checkpoint as read_checkpoint returns it, to go on from. report: called with each line of text.
+    Raises KeyboardInterrupt after saving, InputError when the loss is no longer a number.
+    """
+    torch.manual_seed(config.seed)
+    model = TinyLLM(config).to(device)
+    optimizers = make_optimizers(model, config)
+    step, seconds, history = 0, 0.0, []
+    if resume:
+        model.load_state_dict(resume["model"])
+        for optimizer, state in zip(optimizers, resume["optimizers"]):
+            optimizer.load_state_dict(state)
+        step, seconds, history = resume["step"], resume["seconds"], resume["history"]
+
+    def save():
+        save_checkpoint(out, model, optimizers, step, seconds, history)
+
+    def done():                                      # the part of the run that is over, 0 to 1
+        return min(1.0, seconds / (60 * minutes) if minutes else step / config.steps)
+
+    monitor = Monitor(report)
+    stop = []                                        # Ctrl-C must not strike in the middle of an optimizer step
+    previous = catch_interrupt(stop)
+    progress = (lambda batch: done()) if minutes else None
+    batches = iter(DataLoader(ProblemStream(config, step, progress), batch_size=None))
+    try:
+        while done() < 1 and not stop:
+            began, before = time.perf_counter(), done()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_factor(step, done(), config)
+            x, y = (tensor.to(device) for tensor in next(batches))                    # (B, T) each
+
+            # the five lines that are all of deep learning
+            loss = loss_of(model, x, y)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+            step += 1
+            if not math.isfinite(loss.item()):
+                raise InputError(f"the loss is {loss.item()} at step {step}: training stopped, {out} keeps the last "
+                                 "good state; try a smaller --lr")
+            seconds += time.perf_counter() - began
+            monitor.progress(step, seconds, done(), loss.item(), x.numel())
+            if int(100 * done()) > int(100 * before):
+                history.append(monitor.point(step, seconds))
+            if int(10 * done()) > int(10 * before):
+                began = time.perf_counter()
+                history[-1]["exact"] = monitor.row(model, history[-1], done())
+                save()
+                seconds += time.perf_counter() - began
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+    if stop:
+        save()
+        raise KeyboardInterrupt
+    return model.eval()
+
+
+def catch_interrupt(stop):
+    """Let Ctrl-C append to `stop` instead of raising; returns the handler before, None outside the main thread."""
+    try:
+        return signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    except ValueError:
+        return None
+
+
+######## Step 5-3: monitoring #################################################################################
+
+class Monitor:
+    """Shows how a run is going: one live line on a terminal, a row of held-out results at every tenth."""
+
+    N_PROBLEMS = 100                                 # of each kind, at every row
+
+    def __init__(self, report):
+        self.report, self.live = report, report is print and sys.stdout.isatty()
+        self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in KINDS}
+        self.losses, self.tokens, self.began, self.shown = [], 0, time.perf_counter(), 0.0
+        report("    step   done     loss  tokens/s  minutes" + "".join(f"{kind:>7}" for kind in KINDS))
+
+    def progress(self, step, seconds, done, loss, n_tokens):
+        """Count a step; on a terminal, show the live line twice a second."""
+        self.losses.append(loss)
+        self.tokens += n_tokens
+        now = time.perf_counter()
+        if self.live and now - self.shown > 0.5:
+            self.shown = now
+            print(f"\r{step:8d} {done:6.0%} {sum(self.losses) / len(self.losses):8.4f} "
+                  f"{self.tokens / (now - self.began):9,.0f}  {seconds / done * (1 - done) / 60:.1f} minutes left ",
+                  end="", flush=True)
+
+    def point(self, step, seconds):
+        """A point of the loss curve, for the history: the mean loss since the point before."""
+        point = {"step": step, "seconds": seconds, "loss": sum(self.losses) / len(self.losses),
+                 "tokens_per_second": self.tokens / (time.perf_counter() - self.began)}
+        self.losses, self.tokens, self.began = [], 0, time.perf_counter()
+        return point
+
+    def row(self, model, point, done):
+        """Print a row; returns the part of the held-out answers that are right, per kind."""
+        exact = {kind: evaluate(model, problems)["answers"] / len(problems) for kind, problems in self.problems.items()}
+        if self.live:
+            print("\r" + " " * 70 + "\r", end="")
+        self.report(f"{point['step']:8d} {done:6.0%} {point['loss']:8.4f} {point['tokens_per_second']:9,.0f} "
+                    f"{point['seconds'] / 60:8.1f}" + "".join(f"{part:7.0%}" for part in exact.values()))
+        self.began = time.perf_counter()
+        return exact
+
+
+def plot(history, width=60, height=10):
+    """The loss of a run as text; each column is a part of the run, the scale is logarithmic.
+
+    >>> print(plot([{"loss": 2.0}, {"loss": 0.2}, {"loss": 0.02}], width=3, height=3))
+      2.0000 |*
+      0.2000 | *
+      0.0200 |  *
+             +---
+    """
+    losses = [max(row["loss"], 1e-6) for row in history]
+    columns = [math.log(losses[i * len(losses) // width]) for i in range(width)]
+    top, bottom = max(columns), min(columns)
+    level = [round((height - 1) * (top - c) / (top - bottom or 1)) for c in columns]
+    lines = []
+    for i in range(height):
+        label = math.exp(top - (top - bottom) * i / (height - 1))
+        lines.append(f"{label:8.4f} |" + "".join("*" if n == i else " " for n in level).rstrip())
+    return "\n".join([*lines, " " * 9 + "+" + "-" * width])
+
+
+######## Step 5-4: saving #####################################################################################
+
+FORMAT = 1              # of the checkpoint file; a later program that writes it differently counts up
+
+
+def save_checkpoint(path, model, optimizers=(), step=0, seconds=0.0, history=()):
+    """Write a checkpoint: beside it first, then renamed, so that `path` is always whole. Raises InputError."""
+    checkpoint = {
+        "format": FORMAT, "vocabulary": VOCAB, "config": dataclasses.asdict(model.config),
+        "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step, "seconds": seconds, "history": list(history),
+    }
+    beside = None
+    try:
+        handle, beside = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp",
+                                          dir=os.path.dirname(os.path.abspath(path)))
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:         # torch reports a full disk as a RuntimeError
+        if beside and os.path.exists(beside):
+            os.remove(beside)
+        raise InputError(f"cannot write {path} ({type(error).__name__}); give --out a file in a folder that exists "
+                         "and that you may write to") from error
+
+
+def read_checkpoint(path):
+    """Read a checkpoint into a dict, on the CPU; runs no code from it. Raises InputError if it is none of ours."""
+    if not os.path.isfile(path):
+        raise InputError(f"there is no checkpoint {path}; make one with: python tinyllm.py train --out {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = (checkpoint["format"], checkpoint["vocabulary"])
+        Config(**checkpoint["config"])
+    except Exception as error:                       # a damaged file fails in a dozen ways inside torch.load
+        raise InputError(f"{path} is damaged or is no tinyllm checkpoint; train again, or give another "
+                         "--checkpoint") from error
+    if found != (FORMAT, VOCAB):
+        raise InputError(f"{path} was written by another version of tinyllm; train again with this one")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a trained model: path -> TinyLLM, ready to answer. Raises InputError."""
+    checkpoint = read_checkpoint(path)
+    model = TinyLLM(Config(**checkpoint["config"]))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise InputError(f"the weights in {path} do not fit its configuration; train again") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise InputError(f"{path} holds weights that are not numbers; train again")
+    return model.to(device).eval()
+
+
+######## Step 6-1: held-out problems ##########################################################################
+
+def held_out_problems(kind, count, seed=1, size=None, tries=200):
+    """Up to `count` different problems that no training run has ever seen; fewer where there are no more.
+
+    >>> problems = held_out_problems("mul", 100, size=1)
+    >>> len(problems), all(is_held_out(problem) for problem in problems)     # of 55 products up to 9*9
+    (7, True)
+    """
+    rng, found = random.Random(f"{seed}/{kind}/{size}"), {}
+    for _ in range(count * tries):
+        problem = KINDS[kind].draw(rng, size or KINDS[kind].sizes[-1])
+        if (size is None or kind_and_size(problem)[1] == size) and is_held_out(problem):
+            found.setdefault(canonical(parse(problem)), problem)
+            if len(found) == count:
+                break
+    return list(found.values())
+
+
+######## Step 6-2: decoding and evaluation ####################################################################
+
+@torch.inference_mode()
+def generate(model, prompts, max_tokens=None):
+    """Greedy decoding: lists of ids -> lists of ids, each prompt continued with the likeliest token until END.
+
+    All rows start at column 0. While a row is inside its prompt, its next token comes from there, after that from
+    the model; rows that have ended leave the batch. This knows nothing of arithmetic: it would serve any model.
+    """
+    device = model.head.weight.device
+    limit = min(max_tokens or model.config.block_size, model.config.block_size)
+    ids = torch.full((len(prompts), limit), END, device=device)                       # (B, limit)
+    for i, prompt in enumerate(prompts):
+        ids[i, :len(prompt)] = torch.tensor(prompt, device=device)
+    n_given = torch.tensor([len(prompt) for prompt in prompts], device=device)        # (B,)
+    ends = torch.full_like(n_given, limit)
+    rows = torch.arange(len(prompts), device=device)                                  # those that still go on
+    cache = [[] for _ in model.blocks]
+    for t in range(1, limit):
+        logits = model(ids[rows, :t], cache)                                          # (B, 1, V): the last column
+        chosen = torch.where(t < n_given[rows], ids[rows, t], logits[:, -1].argmax(-1))
+        ids[rows, t] = chosen
+        going = (chosen != END) | (t < n_given[rows])
+        ends[rows[~going]] = t
+        if not going.any():
+            break
+        if not going.all():
+            rows = rows[going]
+            cache = [[tensor[going] for tensor in layer] for layer in cache]
+    return [row[:end] for row, end in zip(ids.tolist(), ends.tolist())]
+
+
+def solve(model, problems, batch_size=500):
+    """The full line that the model writes for each problem (text, as normalize returns it), in the same order.
+
+    Raises InputError for a problem that leaves the model no room to answer.
+    """
+    ones_first, room = model.config.ones_first, model.config.block_size
+    for problem in problems:
+        if len(problem) + 2 > room // 2:
+            raise InputError(f"the problem has {len(problem)} characters, the model has room for {room // 2 - 2}; "
+                             "write it in several parts")
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i]))              # like lengths side by side
+    lines = [""] * len(problems)
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        written = generate(model, [encode(problems[i] + "=", ones_first) for i in batch])
+        for i, ids in zip(batch, written):
+            lines[i] = decode(ids, ones_first)
+    return lines
+
+
+def check(line):
+    """Was a line that the model wrote right? (answer, working): the exact check, made after the fact.
+
+    The answer is right if the last step is simple and equals the problem; the working if every step is true too.
+
+    >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12")
+    ((True, True), (True, False), (False, False))
+    """
+    problem, *steps = line.split("=")
+    answer = bool(steps) and is_simple(steps[-1]) and is_true(f"{problem}={steps[-1]}")
+    return answer, answer and is_true(line)
+
+
+def explain(line):
+    """A sentence that names the first step of a line that is not true, or that says what else is wrong with it.
+
+    >>> explain("2+3*4=5*4=20")
+    '2+3*4=5*4=20: step 1, 5*4, is 20 and should be 14'
+    """
+    problem, *steps = line.split("=")
+    for i, step in enumerate(steps, 1):
+        if not is_true(f"{problem}={step}"):
+            try:
+                return f"{line}: step {i}, {step}, is {value(parse(step))} and should be {value(parse(problem))}"
+            except InputError as error:
+                return f"{line}: step {i} cannot be read, {error}"
+    return f"{line}: every step is true, but the last one is not simple"
+
+
+def evaluate(model, problems):
+    """How many answers and workings are right: a dict with counts, the mean length, and the lines that failed."""
+    lines = solve(model, problems)
+    checks = [check(line) for line in lines]
+    return {
+        "problems": len(problems),
+        "answers": sum(answer for answer, _ in checks),
+        "workings": sum(working for _, working in checks),
+        "mean_length": sum(map(len, lines)) / max(1, len(lines)),
+        "wrong": [line for line, (_, working) in zip(lines, checks) if not working],
+    }
+
+
+def table(results):
+    """The results of evaluate, by name, as text."""
+    rows = [f"{'':10} problems  answers right  workings right  mean length"]
+    for name, r in results.items():
+        n = r["problems"]
+        rows.append(f"{name:10} {n:8d}  {r['answers'] / n:13.2%}  {r['workings'] / n:14.2%}  {r['mean_length']:11.1f}"
+                    if n else f"{name:10} {n:8d}")
+    return "\n".join(rows)
+
+
+######## Step 7: going further - the commands #################################################################
+
+def prepare(text, model):
+    """What a person typed, as a problem that the model can be asked. Raises InputError."""
+    problem = normalize(text)
+    room = model.config.block_size // 2 - 2
+    if len(problem) > room:
+        raise InputError(f"the problem has {len(problem)} characters, the model has room for {room}; "
+                         "write it in several parts")
+    value(parse(problem))                            # raises for a missing bracket or a division by zero
+    return problem
+
+
+def outside(problem):
+    """Is this problem larger than those that the model was trained on?
+
+    >>> outside("12*34"), outside("1234*5678"), outside("1+2+3+4+5+6")
+    (False, True, True)
+    """
+    kind, size = kind_and_size(problem)
+    longest = max(map(len, re.findall("[0-9]+", problem)))
+    return size > KINDS[kind].sizes[-1] or (kind == "expr" and longest > 4) or \
+        (kind == "div" and len(problem.split("/")[1]) > 2)
+
+
+def show(line):
+    """A line as a notebook shows it, a step a line, with the exact check of each step."""
+    problem, *steps = line.split("=")
+    width = max(map(len, steps), default=0)
+    for i, step in enumerate(steps):
+        verdict = "true" if is_true(f"{problem}={step}") else "NOT TRUE"
+        print(f"{problem if i == 0 else '':{len(problem)}} = {step:{width}}   check: {verdict}")
+    if steps and not is_simple(steps[-1]):
+        print("check: the last step is not simple, so this is NOT AN ANSWER")
+    if outside(problem):
+        print("note: this problem is outside the range that the model was trained on")
+
+
+def command_train(args):
+    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args}
+    resume = read_checkpoint(args.out) if args.resume else None
+    if resume:
+        extra = set(chosen) - {"steps"}
+        if extra:
+            raise InputError(f"--resume goes on with the run as it was: leave out --{min(extra)}")
+        chosen = {**resume["config"], **chosen}
+    elif os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is a folder; give it the name of a file")
+    elif os.path.exists(args.out) and not args.force:
+        raise InputError(f"{args.out} exists: give --resume to go on with it, --force to replace it, or another --out")
+    if args.minutes is not None and not 0 < args.minutes < float("inf"):
+        raise InputError(f"--minutes {args.minutes} must be more than 0")
+    config = Config(**chosen)
+    device = pick_device(args.device)
+    torch.manual_seed(config.seed)
+    model = TinyLLM(config).to(device).eval()
+    if not resume:
+        save_checkpoint(args.out, model)             # now, not in ten minutes, is the time to learn that it fails
+        print("Before training, the model answers:")
+        for kind in KINDS:
+            problem = held_out_problems(kind, 1)[0]
+            written = decode(generate(model, [encode(problem + "=", config.ones_first)], len(problem) + 12)[0])
+            print("   ", written.replace("\n", " "))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, {torch.get_num_threads()} threads, "
+          + (f"{args.minutes:g} minutes" if args.minutes else f"{config.steps:,} steps")
+          + f", seed {config.seed}, torch {torch.__version__}", flush=True)
+    began = time.perf_counter()
+    model = train(config, args.out, args.minutes, resume, device, report=print)
+    print(f"Trained in {(time.perf_counter() - began) / 60:.1f} minutes, saved as {args.out}. On held-out problems:")
+    print(table({kind: evaluate(model, held_out_problems(kind, 500, seed=2)) for kind in KINDS}))
+    print("The loss, from start to end:")
+    print(plot(read_checkpoint(args.out)["history"]))
+    given = "" if args.out == "tinyllm.pt" else f" --checkpoint {args.out}"
+    print(f'Now try:\n    python tinyllm.py ask "12*34"{given}\n    python tinyllm.py eval{given}')
+    return 0
+
+
+def command_eval(args):
+    model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.problems < 1:
+        raise InputError("--problems must be at least 1")
+    results = {kind: evaluate(model, held_out_problems(kind, args.problems)) for kind in KINDS}
+    print(f"Held-out problems, greedy decoding, {args.checkpoint}:")
+    print(table(results))
+    by_size = {}
+    for kind in KINDS:
+        top = KINDS[kind].sizes[-1]
+        for size in [*KINDS[kind].sizes, top + 1]:
+            name = f"{kind} {size}" + ("*" if size > top else "")
+            by_size[name] = evaluate(model, held_out_problems(kind, max(1, args.problems // 5), size=size))
+    print("By size: digits of the longest number, or operators. * is one size past what was trained on:")
+    print(table(by_size))
+    wrong = [explain(line) for result in results.values() for line in result["wrong"]]
+    print(f"{len(wrong)} wrong workings" + (", the first of each kind:" if wrong else ""))
+    for result in results.values():
+        for line in result["wrong"][:2]:
+            print("   ", explain(line))
+    if args.json:
+        try:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({"kinds": results, "sizes": by_size}, file, indent=1)
+        except OSError as error:
+            raise InputError(f"cannot write {args.json} ({type(error).__name__}); give --json another file") from error
+    low = [kind for kind, r in results.items() if args.target is not None and r["answers"] < args.target * r["problems"]]
+    if low:
+        print(f"below the target of {args.target}: {', '.join(low)}")
+    return 1 if low else 0
+
+
+def command_ask(args):
+    model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.plain:
+        return ask_plain(model, args.problems or sys.stdin)
+    if args.problems:
+        for line in solve(model, [prepare(text, model) for text in args.problems]):
+            show(line)
+        return 0
+    while True:                                      # a small prompt loop; an empty line or Ctrl-D ends it
+        try:
+            text = input("problem: " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if not text.strip():
+            return 0
+        try:
+            show(solve(model, [prepare(text, model)])[0])
+        except InputError as error:
+            print(f"error: {error}")
+
+
+def ask_plain(model, texts, batch_size=1000):
+    """One line in, one full line out, in the same order; what is no problem becomes an error line."""
+    status, texts = 0, iter(texts)
+    while batch := [text for _, text in zip(range(batch_size), texts)]:
+        answers, problems = [], {}
+        for i, text in enumerate(batch):
+            try:
+                problems[i] = prepare(text, model)
+                answers.append("")
+            except InputError as error:
+                answers.append(f"error: {error}")
+                status = 2
+        for i, line in zip(problems, solve(model, list(problems.values()))):
+            answers[i] = line
+        print("\n".join(answers), flush=True)
+    return status
+
+
+def command_data(args):
+    rng = random.Random(args.seed)
+    for _ in range(args.count):
+        kind = args.kind or rng.choice(list(KINDS))
+        print(solve_by_rules(draw_problem(kind, rng, held_out=args.split == "test"), working=args.working))
+    return 0
+
+
+def pick_device(name):
+    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError for one that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    if not there[name]:
+        raise InputError(f"--device {name}: there is no such device here; use --device cpu")
+    return name
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def make_parser():
+    parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic and writes its working.")
+    commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | data")
+
+    def command(name, function, help):
+        sub = commands.add_parser(name, help=help, description=help,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(function=function)
+        if name != "data":
+            sub.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+        return sub
+
+    sub = command("train", command_train, "train a model from scratch")
+    sub.add_argument("--minutes", type=float, help="train for a given time instead of a number of steps")
+    sub.add_argument("--out", default="tinyllm.pt", help="checkpoint to write")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    sub.add_argument("--force", action="store_true", help="replace --out if it exists")
+    for field in dataclasses.fields(Config):         # SUPPRESS: only flags that were given reach command_train
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        text = field.metadata["help"] + f" (default: {field.default})"
+        sub.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+
+    sub = command("eval", command_eval, "measure a model on held-out problems")
+    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to measure")
+    sub.add_argument("--problems", type=int, default=1000, help="held-out problems of each kind")
+    sub.add_argument("--target", type=float, help="exit with status 1 if a kind has a smaller part of answers right")
+    sub.add_argument("--json", help="file to write everything to, as JSON")
+
+    sub = command("ask", command_ask, "ask the model")
+    sub.add_argument("problems", nargs="*", help='such as "12*34"; none: a prompt')
+    sub.add_argument("--plain", action="store_true", help="one line in (standard input), one full line out")
+    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to ask")
+
+    sub = command("data", command_data, "print examples of the data")
+    sub.add_argument("--kind", choices=list(KINDS), help="kind of problem; none: all of them")
+    sub.add_argument("--split", default="train", choices=["train", "test"], help="side of the split")
+    sub.add_argument("--count", type=int, default=10, help="lines to print")
+    sub.add_argument("--seed", type=int, default=0, help="chooses the problems")
+    sub.add_argument("--working", action=argparse.BooleanOptionalAction, default=True, help="with the working")
+    return parser
+
+
+def main(argv=None):
+    """Run a command; returns the exit status: 0 fine, 1 below --target, 2 bad input, 130 Ctrl-C."""
+    try:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # a byte that is no text is an unknown character, not a crash
+        parser = make_parser()
+        args = parser.parse_args(argv)
+        if "function" not in args:
+            parser.print_help()
+            return 0
+        return args.function(args)
+    except InputError as error:
+        print(f"tinyllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntinyllm: stopped; a training run was saved, go on with it by --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:                          # the reader has gone, as in `ask --plain | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

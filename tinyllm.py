@@ -26,8 +26,8 @@ The map of this file, which is also a plan for learning the subject:
 
 Glossary, each short name with an example of its value:
 
-    problem    "12*34"                      what is asked; it never contains "="
-    line       "12*34=12*30+12*4=360+48=408"  problem, "=", the steps; the last step is the answer
+    problem    "16*8"                       what is asked; it never contains "="
+    line       "16*8=80+48=128"             problem, "=", the steps; the last step is the answer
     node       ("+", 12, ("*", 3, 4))       a problem as a tree: an int, or an operator and its operands
     kind       "add", "sub", "mul", "div", "expr"      the kinds of problem; each has a size
     ids        [2, 3, 11, 4]                token numbers: "21+3" as the model reads it (see Step 3-1)
@@ -261,7 +261,7 @@ def positions(ids):
 # each pair is read as one complex number and turned by an angle proportional to its column. A dot product then
 # depends on the DIFFERENCE of two columns only: "three tokens back" looks the same everywhere in a line.
 
-def rotations(block_size, head_dim, base=10000.0):
+def rotations(block_size, head_dim, base=1000.0):
     """The turns of RoPE, complex (block_size, head_dim/2): e^(i * column * speed), each pair with its own speed."""
     speed = base ** (-torch.arange(0, head_dim, 2) / head_dim)                        # (D/2,) from 1 down to 1/base
     angle = torch.arange(block_size)[:, None] * speed                                 # (T, D/2)
@@ -776,11 +776,11 @@ class Kind:
 
 
 KINDS = {
-    "add": Kind(draw_sum("+"), range(1, 11), 1.0),
-    "sub": Kind(draw_sum("-"), range(1, 11), 1.0),
-    "mul": Kind(draw_product, range(1, 4), 1.0),
+    "add": Kind(draw_sum("+"), range(1, 11), 0.8),
+    "sub": Kind(draw_sum("-"), range(1, 11), 1.1),
+    "mul": Kind(draw_product, range(1, 4), 0.9),
     "div": Kind(draw_quotient, range(1, 6), 1.5),
-    "expr": Kind(draw_expression, range(2, 5), 1.0),
+    "expr": Kind(draw_expression, range(2, 5), 1.6),
 }
 
 

@@ -101,7 +101,7 @@ def test_rope_depends_on_distance_alone():
     """Moving query and key by the same number of columns does not change how well they agree."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 32).expand(2, 50, 32)
-    turns = tinyllm.rotations(50, 32)
+    turns = tinyllm.rotations(torch.arange(50), 16, 1000)
     scores = tinyllm.rotate(q, turns) @ tinyllm.rotate(k, turns).T                     # (50, 50)
     for distance in (0, 1, 7):
         diagonal = scores.diagonal(distance)
@@ -110,7 +110,7 @@ def test_rope_depends_on_distance_alone():
 
 
 def test_attention_written_out_is_what_the_model_runs():
-    """The formula of Step 3-3 equals PyTorch's fused attention, for a whole row and for one cached token."""
+    """The formula of Step 3-3, which the model runs, is PyTorch's fused attention; for one cached token as well."""
     q, k, v = torch.randn(3, 2, 4, 9, 16)
     assert torch.allclose(tinyllm.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
     last = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
@@ -166,20 +166,25 @@ def test_answers_are_in_lowest_terms():
 
 @pytest.mark.parametrize("line", [
     "(12+3)*4-6=15*4-6=60-6=54",
-    "345*27=345*20+345*7=6000+800+100+(2100+280+35)=6900+2415=9315",
-    "27*345=20*345+7*345=6000+800+100+(2100+280+35)=6900+2415=9315",
-    "16*8=80+48=128",
-    "-12*34=-(12*30+12*4)=-(300+60+(40+8))=-(360+48)=-408",
-    "1831/23=70+(1831-1400-210)/23=70+221/23=78+(221-160-24)/23=78+37/23=79+(37-20-3)/23=79+14/23",
-    "96/32=2+(96-60-4)/32=2+32/32=3+(32-30-2)/32=3+0/32=3",
-    "1234/7=100+534/7=170+44/7=176+2/7",
-    "10/4=2+2/4=2+1/2",
-    "4/8=1/2",
+    "345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315",
+    "27*345=20*345+7*345=6000+900+(2100+315)=6900+2415=9315",
+    "345*276=345*200+345*70+345*6=60000+9000+(21000+3150)+(1800+270)=69000+24150+2070=93150+2070=95220",
+    "16*8=128",
+    "-12*34=-(12*30+12*4)=-(360+48)=-408",
+    "1831/23=70+(1831-1610)/23=70+221/23=70+8+(221-184)/23=78+37/23=78+1+(37-23)/23=79+14/23",
+    "96/32=2+(96-64)/32=2+32/32=2+1=3",
+    "1400/40=30+(1400-1200)/40=30+200/40=30+5+(200-200)/40=35+0/40=35+0=35",
+    "162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7",
+    "56/7=8",
+    "5-1831/23=5-70-(1831-1610)/23=-65-221/23=-65-8-(221-184)/23=-73-37/23=-73-1-(37-23)/23=-74-14/23",
+    "10/4=2+(10-8)/4=2+2/4=2+2*1/(2*2)=2+1/2",
+    "4/8=2*2/(2*4)=2/4=2*1/(2*2)=1/2",
+    "-4/6=2*(-2)/(2*3)=-2/3",
     "3/8=3/8",
     "(36/9)-31=4-31=-27",
     "5=5",
     "-(3+4)*2=-7*2=-14",
-    "-7/2=-3-1/2",
+    "-7/2=-3-(7-6)/2=-3-1/2",
     "2*(4-7)=2*(-3)=-6",
 ])
 def test_the_notebook(line):
@@ -232,7 +237,7 @@ def test_training_never_sees_a_held_out_problem():
             problem = decode(row).split("=")[0]
             assert not tinyllm.is_held_out(problem)
             seen.add(tinyllm.canonical(tinyllm.parse(problem)))
-    assert len(held_out) == 1000 and len(seen) > 2000 and not seen & held_out
+    assert len(held_out) > 900 and len(seen) > 2000 and not seen & held_out
 
 
 def test_split_is_the_same_everywhere():
@@ -265,7 +270,7 @@ def test_batches_hold_whole_lines_and_little_padding():
         sizes.append(x.numel())
         padding += x.numel() - sum(len(decode(row).split("\n")[0]) for row in x.tolist())
         assert x.shape == y.shape
-    assert 0.9 * 1024 < sum(sizes) / 64 < 1.2 * 1024 and padding / sum(sizes) < 0.1
+    assert 0.9 * 2048 < sum(sizes) / 64 < 1.2 * 2048 and padding / sum(sizes) < 0.1
 
 
 def test_small_problems_come_first():
@@ -317,7 +322,10 @@ def test_every_weight_is_trained_once():
 
 @pytest.fixture
 def only_short_sums(monkeypatch):
-    monkeypatch.setattr(tinyllm, "KINDS", {"add": tinyllm.Kind(tinyllm.draw_sum("+"), range(1, 4), 1.0)})
+    """Sums of two numbers of one or two digits, and nothing else."""
+    def draw(rng, top):
+        return f"{rng.randrange(10 ** top)}+{rng.randrange(10 ** top)}"
+    monkeypatch.setattr(tinyllm, "KINDS", {"add": tinyllm.Kind(draw, range(1, 3), 1.0)})
 
 
 def test_a_small_model_learns_addition(only_short_sums, tmp_path):

@@ -528,26 +528,24 @@ def to_text(node, first=True, spare=lambda: False):
 
 def split_places(n):
     """345 -> [300, 40, 5]: the number by place value, without zeros."""
-    digits = str(abs(n))
-    return [int(math.copysign(int(d) * 10 ** i, n)) for i, d in zip(range(len(digits) - 1, -1, -1), digits) if d != "0"]
+    return [int(digit) * 10 ** i for i, digit in enumerate(reversed(str(n))) if digit != "0"][::-1]
 
 
 def multiply(a, b):
     """One digit, with zeros behind or not, times two is one step; anything larger is split by place value.
 
-    >>> [to_text(multiply(*factors)) for factors in ((45, 20), (345, 20), (345, 27), (27, 345), (-345, 27))]
-    ['900', '6000+900', '345*20+345*7', '20*345+7*345', '-(345*20+345*7)']
+    >>> [to_text(multiply(*factors)) for factors in ((45, 20), (345, 20), (345, 27), (27, 345), (-345, 27), (345, 10))]
+    ['900', '6000+900', '345*20+345*7', '20*345+7*345', '-(345*20+345*7)', '3450']
     """
     if a < 0 or b < 0:
         product = multiply(abs(a), abs(b))
         return product if (a < 0) == (b < 0) else -product if isinstance(product, int) else ("neg", product)
     parts_a, parts_b = split_places(a), split_places(b)
-    if min(len(parts_a), len(parts_b)) <= 1:
-        if max(len(parts_a), len(parts_b)) <= 2:
-            return a * b
-        if len(parts_a) > 2:                         # 345*7 = 300*7 + 45*7
-            return ("+", parts_a[0] * b, multiply(a - parts_a[0], b))
-        return ("+", a * parts_b[0], multiply(a, b - parts_b[0]))
+    few, many = sorted((parts_a, parts_b), key=len)
+    if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
+        return a * b
+    if len(few) == 1:                                # 345*7 = 300*7 + 45*7
+        return ("+", many[0] * few[0], multiply(sum(many[1:]), few[0]))
     if len(parts_a) < len(parts_b):
         products = [("*", part, b) for part in parts_a]
     else:
@@ -570,8 +568,8 @@ def divide(a, b):
         if prime == 1 or a == 0:
             return ("/", sign * a, b) if a else 0
         return ("/", ("*", prime, sign * a // prime), ("*", prime, b // prime))
-    if a == b:
-        return sign
+    if a == b or b == 1:
+        return sign * a // b
     # From 20 on nobody knows the tables. A pupil rounds up, 23 to 25, and takes a digit that is sure to fit.
     unit = 1 if b < 20 else 5 if b < 50 else 10
     digits = str(max(1, a // (-(-b // unit) * unit)))

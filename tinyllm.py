@@ -172,7 +172,7 @@ class Config:
     ones_first: bool = knob(True, "write numbers from the ones place")
     working: bool = knob(True, "learn to write the working; --no-working learns problem=answer alone")
     muon: bool = knob(True, "train the blocks' matrices with Muon; --no-muon trains everything with AdamW")
-    steps: int = knob(6000, "optimizer steps")
+    steps: int = knob(7000, "optimizer steps")
     batch_tokens: int = knob(2048, "tokens of a batch, about")
     lr: float = knob(0.02, "highest learning rate of Muon")
     adam_lr: float = knob(0.003, "highest learning rate of AdamW")

@@ -26,8 +26,8 @@ The map of this file, which is also a plan for learning the subject:
 
 Glossary, each short name with an example of its value:
 
-    problem    "16*8"                       what is asked; it never contains "="
-    line       "16*8=80+48=128"             problem, "=", the steps; the last step is the answer
+    problem    "345*7"                      what is asked; it never contains "="
+    line       "345*7=2100+315=2415"        problem, "=", the steps; the last step is the answer
     node       ("+", 12, ("*", 3, 4))       a problem as a tree: an int, or an operator and its operands
     kind       "add", "sub", "mul", "div", "expr"      the kinds of problem; each has a size
     ids        [2, 3, 11, 4]                token numbers: "21+3" as the model reads it (see Step 3-1)
@@ -40,6 +40,7 @@ Glossary, each short name with an example of its value:
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -52,6 +53,7 @@ import time
 import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from fractions import Fraction
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # NumPy is welcome, not needed
@@ -168,11 +170,11 @@ class Config:
     block_size: int = knob(320, "longest line, in tokens")
     n_place: int = knob(24, "places with an embedding of their own: none, ones, tens, hundreds ...")
     n_slot: int = knob(40, "slots with an embedding of their own: before the first sign of a step, after it ...")
-    place: bool = knob(True, "give the model place and slot embeddings")
+    place: bool = knob(True, "tell the model place and slot of each token")
     ones_first: bool = knob(True, "write numbers from the ones place")
     working: bool = knob(True, "learn to write the working; --no-working learns problem=answer alone")
     muon: bool = knob(True, "train the blocks' matrices with Muon; --no-muon trains everything with AdamW")
-    steps: int = knob(7000, "optimizer steps")
+    steps: int = knob(6400, "optimizer steps")
     batch_tokens: int = knob(2048, "tokens of a batch, about")
     lr: float = knob(0.02, "highest learning rate of Muon")
     adam_lr: float = knob(0.003, "highest learning rate of AdamW")
@@ -186,8 +188,8 @@ class Config:
             number = getattr(self, field.name)
             if field.name not in ("seed", "weight_decay", "flat") and field.type is not bool and not number > 0:
                 raise InputError(f"--{field.name} {number} must be more than 0")
-        if self.n_embd % (2 * self.n_head):
-            raise InputError(f"--n_embd {self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.n_embd % (8 * self.n_head):
+            raise InputError(f"--n_embd {self.n_embd} must be a multiple of 8 * n_head = {8 * self.n_head}")
         if not 0 <= self.flat < 1:
             raise InputError(f"--flat {self.flat} must be at least 0 and below 1")
 
@@ -500,7 +502,7 @@ def parse(text):
     return node
 
 
-STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2}          # the stronger operator binds first
+STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "factors": 2, "fraction": 2}     # the stronger operator binds first
 
 
 def to_text(node, first=True, spare=lambda: False):
@@ -516,6 +518,11 @@ def to_text(node, first=True, spare=lambda: False):
         return str(node) if first or node >= 0 else f"({node})"
     if node[0] == "neg":
         return f"-({to_text(node[1])})" if first else f"(-({to_text(node[1])}))"
+    if node[0] in ("factors", "fraction"):           # 2*2*3/(3*7), 4/7: see divide
+        _, sign, above, below = node
+        text = ("-" if sign < 0 else "") + "*".join(map(str, above or [1])) + "/"
+        text += str(below[0]) if len(below) == 1 else f"({'*'.join(map(str, below))})"
+        return text if first or sign > 0 else f"({text})"
     op, left, right = node
 
     def side(child, first, weakest):
@@ -553,21 +560,45 @@ def multiply(a, b):
     return functools.reduce(lambda total, product: ("+", total, product), products)
 
 
-def divide(a, b):
-    """Take off a multiple of the divisor, "digit x power of ten"; cancel what is smaller than the divisor.
+def prime_factors(n):
+    """84 -> [2, 2, 3, 7], 1 -> []."""
+    factors, p = [], 2
+    while n > 1:
+        if n % p:
+            p += 1
+        else:
+            factors.append(p)
+            n //= p
+    return factors
 
-    >>> [to_text(divide(*pair)) for pair in ((56, 7), (534, 7), (1831, 23), (23, 23), (12, 18), (3, 8))]
-    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2*6/(2*9)', '3/8']
+
+def cancel(sign, above, below):
+    """Cancel what two lists of primes have in common; multiply out where nothing is, or little is left.
+
+    >>> [to_text(cancel(1, *lists)) for lists in (([2, 7], [23]), ([2, 2, 3], [2, 3, 3]), ([2, 2, 2, 3], [2, 3, 3]))]
+    ['14/23', '2/3', '2*2/3']
+    """
+    common = Counter(above) & Counter(below)
+    above, below = (sorted((Counter(side) - common).elements()) for side in (above, below))
+    if common and (len(above) > 1 or len(below) > 1):
+        return ("factors", sign, above, below)
+    return ("fraction", sign, [math.prod(above)], [math.prod(below)])
+
+
+def divide(a, b):
+    """Take off a multiple of the divisor, "digit x power of ten"; a proper fraction is taken apart into primes.
+
+    >>> [to_text(divide(*pair)) for pair in ((56, 7), (534, 7), (1831, 23), (23, 23), (12, 18), (3, 7))]
+    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2*2*3/(2*3*3)', '3/7']
     """
     if b < 0:
         return ("/", -a, -b)
     sign, a = (-1, -a) if a < 0 else (1, a)
-    if a < b:                                        # a fraction: show the smallest common prime, if there is one
-        common = math.gcd(a, b)
-        prime = next((p for p in range(2, min(common, 1000)) if common % p == 0), common)
-        if prime == 1 or a == 0:
-            return ("/", sign * a, b) if a else 0
-        return ("/", ("*", prime, sign * a // prime), ("*", prime, b // prime))
+    if a == 0:
+        return 0
+    if a < b:
+        above, below = prime_factors(a), prime_factors(b)
+        return ("factors", sign, above, below) if len(above) > 1 or len(below) > 1 else ("fraction", sign, [a], [b])
     if a == b or b == 1:
         return sign * a // b
     # From 20 on nobody knows the tables. A pupil rounds up, 23 to 25, and takes a digit that is sure to fit.
@@ -587,24 +618,24 @@ def rewrite(node):
 
     >>> node = parse("(12+3)*4-6-15/18")
     >>> while rewrite(node) != node: node = rewrite(node); print(to_text(node))
-    15*4-6-3*5/(3*6)
-    60-6-5/6
+    15*4-6-3*5/(2*3*3)
+    60-6-5/(2*3)
     54-5/6
     """
-    if isinstance(node, int):
-        return node
+    match node:
+        case int() | ("fraction", *_):
+            return node
+        case ("factors", sign, above, below):
+            return cancel(sign, above, below)
     op, *old = node
     if all(isinstance(child, int) for child in old):
         return RULES[op](*old)
-    if op == "/" and all(isinstance(c, tuple) and c[0] == "*" and isinstance(c[2], int) for c in old):
-        if isinstance(old[0][1], int) and old[0][1] == old[1][1] != 0:
-            return ("/", old[0][2], old[1][2])               # 2*18/(2*27) -> 18/27
     new = [rewrite(child) for child in old]
     if op == "neg":
         return -new[0] if isinstance(new[0], int) else (op, new[0])
-    if op in "+-" and isinstance(old[1], tuple) and old[1][0] in "*/" and new[1] != old[1]:
-        if isinstance(new[1], tuple) and new[1][0] == "+" and not all(isinstance(part, int) for part in new[1][1:]):
-            return (op, (op, new[0], new[1][1]), new[1][2])  # 70+221/23 -> 70+9+(221-207)/23, without brackets
+    match old[1], new[1]:
+        case ("*" | "/", _, _), ("+", a, b) if op in "+-" and not (isinstance(a, int) and isinstance(b, int)):
+            return (op, (op, new[0], a), b)          # 70+221/23 -> 70+9+(221-207)/23, without brackets
     return (op, *new)
 
 
@@ -614,13 +645,14 @@ def solve_by_rules(problem, working=True):
     >>> for p in ("345*27", "162/7", "36/84", "(36/9)-31"): print(solve_by_rules(p))
     345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
     162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7
-    36/84=2*18/(2*42)=18/42=2*9/(2*21)=9/21=3*3/(3*7)=3/7
+    36/84=2*2*3*3/(2*2*3*7)=3/7
     (36/9)-31=4-31=-27
     """
     steps = [rewrite(parse(problem))]
     while (node := rewrite(steps[-1])) != steps[-1]:
         steps.append(node)
-    return "=".join([problem, *map(to_text, steps if working else steps[-1:])])
+    texts = [text for text, _ in itertools.groupby(map(to_text, steps))]              # 1/2 is the same when done
+    return "=".join([problem, *(texts if working else texts[-1:])])
 
 
 def value(node):
@@ -649,13 +681,14 @@ def is_true(line):
 
 
 def is_simple(text):
-    """Is this an answer: a number, or a proper fraction or mixed number in lowest terms?"""
-    try:
-        node = parse(text)
-        value(node)                                  # raises for 5/0, which no rule rewrites
-        return rewrite(node) == node
-    except InputError:
-        return False
+    """Is this an answer: a number, or a proper fraction or mixed number in lowest terms?
+
+    >>> [is_simple(text) for text in ("-17", "3+1/2", "-2/3", "3+2/4", "5/2", "1+2", "")]
+    [True, True, True, False, False, False, False]
+    """
+    match = re.fullmatch("(?:-?[0-9]+|(?:-?[0-9]+[-+]|-?)([0-9]+)/([0-9]+))", text)
+    above, below = (int(group or 1) for group in match.groups()) if match else (1, 1)
+    return bool(match) and (match[1] is None or 0 < above < below and math.gcd(above, below) == 1)
 
 
 # Held out by construction. A problem is never trained on if a number computed from its text says so: the same on
@@ -772,10 +805,10 @@ class Kind:
 
 KINDS = {
     "add": Kind(draw_sum("+"), range(1, 11), 0.7),
-    "sub": Kind(draw_sum("-"), range(1, 11), 1.1),
+    "sub": Kind(draw_sum("-"), range(1, 11), 1.2),
     "mul": Kind(draw_product, range(1, 4), 0.9),
-    "div": Kind(draw_quotient, range(1, 6), 1.5),
-    "expr": Kind(draw_expression, range(2, 5), 1.8),
+    "div": Kind(draw_quotient, range(1, 6), 1.4),
+    "expr": Kind(draw_expression, range(2, 5), 2.0),
 }
 
 

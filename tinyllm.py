@@ -143,8 +143,8 @@ def five_facts():
 #     logits (B, T, V)   at every position at once, which is why training is fast
 #
 # Why it writes its working: a model with n_layer blocks has n_layer moments of thought for each token, no more.
-# Whatever takes more thought than that must be written down and read again. `train --no-working` shows the
-# difference: the same model, asked for the answer alone, fails at x and /.
+# Whatever takes more thought than that must be written down and read again. `train --no-working` learns the answer
+# alone: the README shows what that does to sums, which need one step, and to expressions, which need several.
 
 def untrained_loss(vocab_size):
     """The loss, in nats a token, of a model that knows nothing: it gives each token the probability 1/V.
@@ -288,7 +288,7 @@ def attention(q, k, v):
     """Causal attention written out: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
     (Vaswani et al. 2017, "Attention Is All You Need".) The T queries are the last T of the S columns. PyTorch has
-    the same in one call, F.scaled_dot_product_attention; on a CPU it is no faster here, and a test compares the two.
+    the same in one call, F.scaled_dot_product_attention: hardly faster on a CPU at this size, and a test compares both.
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                       # (B, H, T, S) agreement
@@ -384,17 +384,18 @@ class TinyLLM(nn.Module):
     def forward(self, ids, cache=None):
         """ids (B, T) -> logits (B, T, V). With a cache (one list per block), only of the columns not in it yet."""
         start = cache[0][0].shape[2] if cache and cache[0] else 0
-        x = self.token(ids[:, start:])                                                # (B, T, C)
+        column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        column, place, slot = (where[:, start:] for where in (column, *positions(ids)))       # (B, T) each
         n_pairs = self.config.n_embd // self.config.n_head // 2
-        column = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)      # (B, T)
-        turns = rotations(column, n_pairs // 2 if self.config.place else n_pairs, 1000)
+        x = self.token(ids[:, start:])                                                # (B, T, C)
         if self.config.place:
-            place, slot = positions(ids)                                              # of the whole row
-            x = x + self.place(place[:, start:].clamp(max=self.config.n_place - 1))
-            x = x + self.slot(slot[:, start:].clamp(max=self.config.n_slot - 1))
-            turns = torch.cat((turns, rotations(place, n_pairs // 4, 16),
-                               rotations(slot, n_pairs - n_pairs // 2 - n_pairs // 4, 16)), -1)
-        turns = turns[:, None, None, start:]                                          # (B, 1, 1, T, D/2)
+            x = x + self.place(place.clamp(max=self.config.n_place - 1))
+            x = x + self.slot(slot.clamp(max=self.config.n_slot - 1))
+            turns = torch.cat((rotations(column, n_pairs // 2, 1000), rotations(place, n_pairs // 4, 16),
+                               rotations(slot, n_pairs // 4, 16)), -1)                # (B, T, D/2)
+        else:
+            turns = rotations(column, n_pairs, 1000)
+        turns = turns[:, None, None]                                                  # for all heads, for q and k
         for i, block in enumerate(self.blocks):
             x = block(x, turns, None if cache is None else cache[i])                  # (B, T, C)
         return self.head(self.norm(x))                                                # (B, T, V)

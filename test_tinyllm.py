@@ -4,9 +4,7 @@
     TINYLLM_SLOW=1 python -m pytest     also the long tests
 """
 
-import dataclasses
 import doctest
-import io
 import math
 import os
 import random

@@ -551,7 +551,7 @@ def multiply(a, b):
     parts_a, parts_b = split_places(a), split_places(b)
     few, many = sorted((parts_a, parts_b), key=len)
     if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
-        return a * b
+        return a * b                                 # 45*20; 345*10, which only adds a zero; 345*0
     if len(few) == 1:                                # 345*7 = 300*7 + 45*7
         return ("+", many[0] * few[0], multiply(sum(many[1:]), few[0]))
     if len(parts_a) < len(parts_b):

@@ -5,15 +5,22 @@
 """
 
 import doctest
+import http.client
+import json
 import math
 import os
 import random
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -110,9 +117,11 @@ def test_rope_depends_on_distance_alone():
 def test_attention_written_out_is_what_the_model_runs():
     """The formula of Step 3-3, which the model runs, is PyTorch's fused attention; for one cached token as well."""
     q, k, v = torch.randn(3, 2, 4, 9, 16)
-    assert torch.allclose(tinyllm.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    y, weights = tinyllm.attention(q, k, v)
+    assert torch.allclose(y, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 9)) and weights.triu(1).max() == 0
     last = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
-    assert torch.allclose(tinyllm.attention(q[:, :, -1:], k, v), last, atol=1e-5)
+    assert torch.allclose(tinyllm.attention(q[:, :, -1:], k, v)[0], last, atol=1e-5)
 
 
 def test_causality():
@@ -454,7 +463,169 @@ def test_check_is_strict():
     assert tinyllm.check("12+39=50=51") == (True, False)
 
 
-######## Step 7: the commands ########
+######## Step 7: going further ########
+
+@pytest.mark.parametrize("step, latex", [
+    ("-408", "-408"), ("12*34", r"12 \times 34"), ("1831/23", r"1831 \div 23"), ("14/23", r"\frac{14}{23}"), ("-2/3", r"-\frac{2}{3}"),
+    ("79+14/23", r"79\frac{14}{23}"), ("-3-1/2", r"-3\frac{1}{2}"), ("5-3+1/2", r"5-3+\frac{1}{2}"), ("5-1/2", r"5-\frac{1}{2}"),
+    ("70+(1831-1610)/23", r"70+(1831-1610) \div 23"), ("70+221/23", r"70+221 \div 23"), ("(36/9)-31", r"(36 \div 9)-31"),
+    ("2*(3+1/2)", r"2 \times \left(3\frac{1}{2}\right)"), ("((1/2))", r"\left(\left(\frac{1}{2}\right)\right)"), ("5*(-3)", r"5 \times (-3)"),
+    ("2*2*3/(3*7)", r"\frac{2 \times 2 \times 3}{3 \times 7}"), ("79+2*7/23", r"79\frac{2 \times 7}{23}"),
+])
+def test_latex_of_every_construct(step, latex):
+    """What a teacher would write on the board, for each construct."""
+    assert tinyllm.typeset(step, 0) == latex
+
+
+def test_latex_and_mathml_of_any_working_are_well_formed():
+    """1,000 workings: braces and tags balance, no raw * or /, nothing is lost on the way."""
+    for line in (line for kind in tinyllm.KINDS for line in lines(kind, 200)):
+        latex, mathml = tinyllm.to_latex(line), tinyllm.to_mathml(line)
+        assert latex.count("{") == latex.count("}") and latex.count(r"\left(") == latex.count(r"\right)")
+        assert not re.search("[*/]", latex.replace("{align*}", "")) and latex.count("&=") == line.count("=") and latex.isascii()
+        root = ElementTree.fromstring(mathml)
+        assert len(root.findall("./mtable/mtr")) == line.count("=") and not re.search("[*/]", "".join(root.itertext()))
+        shown = [node.text for node in root.iter("mn")]
+        assert shown == re.findall("[0-9]+", line), line
+        for fraction in root.iter("mfrac"):
+            assert len(fraction) == 2
+
+
+def test_what_cannot_be_read_is_still_typeset():
+    """A model may write nonsense; it is shown as it is, in both languages."""
+    assert tinyllm.to_latex("1+2=3+*=3").count("&=") == 2
+    ElementTree.fromstring(tinyllm.to_mathml("1+2=3+*=3"))
+
+
+def test_look_shows_the_weights_of_the_model():
+    """Each row of the picture is a distribution over the characters before it; one head shows less than all."""
+    model = small_model()
+    line = "12+39=51"
+    picture = tinyllm.look(model, line).splitlines()
+    assert picture[0].strip() == "21+93=15" and [row[:3].strip() for row in picture[1:]] == ["1", "5", "end"]
+    assert [len(row) for row in picture[1:]] == [5 + 6, 5 + 7, 5 + 8]
+    one = tinyllm.look(model, line, layer=1, head=2).splitlines()
+    ramp = " .:-=+*#%@"
+    assert all(ramp.index(a) >= ramp.index(b) for row, other in zip(picture[1:], one[1:]) for a, b in zip(row[5:], other[5:]))
+    weights = model.blocks[0].attention.weights[0, 1]                                  # (T, T) of that head
+    assert [ramp[min(9, int(10 * w))] for w in weights[5, :6].tolist()] == list(one[1][5:])
+    with pytest.raises(InputError, match="layers 1 to 2"):
+        tinyllm.look(model, line, layer=3)
+
+
+
+@pytest.fixture(scope="module")
+def page():
+    """A served page with a small untrained model, on a free port: (host:port, request function)."""
+    history = [{"step": i, "seconds": 6.0 * i, "loss": 2 / i, "exact": {kind: i / 10 for kind in tinyllm.KINDS}} for i in range(1, 11)]
+    server = tinyllm.make_server(small_model(), history, port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+
+    def request(method, path, body=None, **headers):
+        connection = http.client.HTTPConnection(address, timeout=60)
+        connection.request(method, path, body, {**headers})
+        answer = connection.getresponse()
+        text = answer.read().decode("utf-8")
+        connection.close()
+        return answer.status, answer.headers, text
+    yield address, request
+    server.shutdown()
+    server.server_close()
+
+
+def solve_body(problem, **more):
+    return json.dumps({"problem": problem, **more})
+
+
+def test_the_page_loads_nothing_from_elsewhere(page):
+    """One document with a nonce for its own script and style; every other source is forbidden."""
+    status, headers, text = page[1]("GET", "/?q=12%2B34")
+    nonce = re.search("script-src 'nonce-([^']+)'", headers["Content-Security-Policy"])[1]
+    assert status == 200 and text.count(f'nonce="{nonce}"') == 2 and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert not re.search("(src|href)=|https?://|@import|NONCE|FIGURE|LAYERS", text) and "12%2B34" not in text
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert page[1]("GET", "/")[1]["Content-Security-Policy"] != headers["Content-Security-Policy"]
+    for chart in re.findall("<figure>.*?</figure>", text):
+        ElementTree.fromstring(chart)
+    assert text.count("<polyline") == 1 + len(tinyllm.KINDS)
+
+
+def test_the_page_answers_a_problem(page):
+    """What the page shows is the model's line, its exact check, and the weights and likeliest tokens behind it."""
+    status, headers, text = page[1]("POST", "/solve", solve_body("12 \u00d7 34"))
+    reply = json.loads(text)
+    assert status == 200 and headers["Content-Type"].startswith("application/json")
+    assert reply["line"] == tinyllm.solve(small_model(), ["12*34"])[0] and reply["right"] is False
+    assert len(reply["steps"]) == reply["line"].count("=") and not all(step["true"] for step in reply["steps"])
+    n_written = len(reply["line"]) + 1 - reply["start"]
+    assert len(reply["weights"]) == len(reply["next"]) == n_written
+    read = "".join(reply["line"][i] for i in reply["place"][:-1])
+    assert tinyllm.reverse_numbers(read) == reply["line"]
+    for t, (layers, likeliest) in enumerate(zip(reply["weights"], reply["next"]), reply["start"]):
+        assert [[len(head) for head in layer] for layer in layers] == [[t, t], [t, t]]
+        if t < len(read):                            # greedy: what was written is what was likeliest
+            assert likeliest[0][0] == read[t]
+    assert json.loads(page[1]("POST", "/solve", solve_body("12*34", preview=True))[2]) == {"problem": tinyllm.typeset("12*34", 1)}
+
+
+@pytest.mark.parametrize("method, path, body, headers, status", [
+    ("GET", "/etc/passwd", None, {}, 404), ("POST", "/", "{}", {}, 404), ("PUT", "/", "{}", {}, 501),
+    ("GET", "/", None, {"Host": "evil.example:8000"}, 403), ("GET", "/", None, {"Host": "evil.example"}, 403),
+    ("GET", "/", None, {"Host": ""}, 403), ("POST", "/solve", "{}", {"Origin": "http://evil.example"}, 403),
+    ("POST", "/solve", "{}", {"Origin": "null"}, 403), ("POST", "/solve", solve_body("1+1") + " " * 5000, {}, 413),
+    ("POST", "/solve", "[" * 4000, {}, 400), ("POST", "/solve", "12+34", {}, 400), ("POST", "/solve", '{"problem": 12}', {}, 400),
+    ("POST", "/solve", "{}", {"Content-Length": "-1"}, 411), ("POST", "/solve", b"\xff\xfe", {}, 400),
+    ("POST", "/solve", solve_body("12+"), {}, 422), ("POST", "/solve", solve_body("1+" * 150 + "1"), {}, 422),
+    ("POST", "/solve", solve_body("<script>"), {}, 422), ("POST", "/solve", solve_body("1/0"), {}, 422),
+])
+def test_the_page_refuses(page, method, path, body, headers, status):
+    """Foreign hosts and origins, other paths, long or broken requests, and what is no problem: a JSON sentence each."""
+    found, answer_headers, text = page[1](method, path, body, **headers)
+    assert found == status and set(json.loads(text)) == {"error"} and "<" not in text.replace("'<'", "")
+    assert answer_headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_page_serves_many_at_once_and_survives_garbage(page):
+    """32 clients at once get their own answers, while others stall, go away or send noise."""
+    address, request = page
+    host, port = address.split(":")
+    stalled = [socket.create_connection((host, int(port))) for _ in range(8)]
+    stalled[0].sendall(b"POST /solve HTTP/1.1\r\nHost: " + address.encode() + b"\r\nContent-Length: 50\r\n\r\nabc")
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(lambda i: json.loads(request("POST", "/solve", solve_body(f"{i}+{i}"))[2]), range(32)))
+    assert [reply["line"].split("=")[0] for reply in replies] == [f"{i}+{i}" for i in range(32)]
+    rng = random.Random(0)
+    for i in range(500):
+        noise = rng.randbytes(rng.randint(1, 300))
+        with socket.create_connection((host, int(port))) as client:
+            if i % 2:
+                noise = b"POST /solve HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n" % (address.encode(), len(noise)) + noise
+            client.sendall(noise if i % 2 else noise + b"\r\n\r\n")
+            client.shutdown(socket.SHUT_WR)
+            if i % 2:
+                assert client.recv(1000).split()[1] == b"400"
+    assert request("POST", "/solve", solve_body("1+1"))[0] == 200
+    for client in stalled:
+        client.close()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+def test_the_page_in_a_real_browser(page, tmp_path):
+    """A browser that opens /?q=12%2B34 shows the model's answer in MathML, and the loss curve."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={tmp_path}"]
+    done = subprocess.run([CHROMIUM, *flags, "--virtual-time-budget=8000", "--dump-dom", f"http://{page[0]}/?q=12%2B34"],
+                          capture_output=True, timeout=100)
+    dom = done.stdout.decode("utf-8")
+    answer = tinyllm.solve(small_model(), ["12+34"])[0].split("=")[-1]
+    assert re.search('<p id="answer"><math>(.*?)</math>', dom)[1] == tinyllm.typeset(answer, 1).replace("&#x2212;", "\u2212") \
+        .replace("&#xD7;", "\u00d7").replace("&#xF7;", "\u00f7")
+    assert "NOT the right answer" in dom and "<polyline" in dom and dom.count("data-t=") == 6 + len(answer) + 1
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

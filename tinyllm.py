@@ -11,7 +11,9 @@ be checked exactly - when the training data are made, and again after the model 
 
     python tinyllm.py train                learn (the README says how long it took, and on what)
     python tinyllm.py eval                 how good is it, on problems that it never saw?
-    python tinyllm.py ask "12*34"          ask it something
+    python tinyllm.py ask "12*34"          ask it something (--latex: to be printed)
+    python tinyllm.py look "12+39"         see which characters it looked at while it wrote
+    python tinyllm.py serve                the same in a browser
     python tinyllm.py data --kind mul      look at what it learns from
 
 The map of this file, which is also a plan for learning the subject:
@@ -22,7 +24,7 @@ The map of this file, which is also a plan for learning the subject:
     Step 4  The data                        rewriting rules, problems, the x / y / counted table, the loader
     Step 5  Training                        loss, optimizers, schedule, the loop, monitoring, saving
     Step 6  Evaluation                      held-out problems, greedy decoding, what "right" means
-    Step 7  Going further                   the commands
+    Step 7  Going further                   LaTeX and MathML, a picture of attention, the page, the commands
 
 Glossary, each short name with an example of its value:
 
@@ -40,18 +42,24 @@ Glossary, each short name with an example of its value:
 import argparse
 import dataclasses
 import functools
+import html
+import http.server
+import ipaddress
 import itertools
 import json
 import math
 import os
 import random
 import re
+import secrets
 import signal
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import warnings
+import webbrowser
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -285,7 +293,7 @@ def rotate(x, turns):
 ######## Step 3-3: attention, MLP, block ######################################################################
 
 def attention(q, k, v):
-    """Causal attention written out: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    """Causal attention written out: q (B, H, T, D), k and v (B, H, S, D) -> y (B, H, T, D), weights (B, H, T, S).
 
     (Vaswani et al. 2017, "Attention Is All You Need".) The T queries are the last T of the S columns. PyTorch has
     the same in one call, F.scaled_dot_product_attention: hardly faster on a CPU at this size, and a test compares both.
@@ -294,7 +302,7 @@ def attention(q, k, v):
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                       # (B, H, T, S) agreement
     future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)      # True right of the diagonal
     weights = scores.masked_fill_(future, float("-inf")).softmax(-1)                  # each row sums to 1
-    return weights @ v                                                                # (B, H, T, D) mix of values
+    return weights @ v, weights                                                       # (B, H, T, D) mix of values
 
 
 class CausalSelfAttention(nn.Module):
@@ -323,7 +331,8 @@ class CausalSelfAttention(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)      # (B, H, S, D)
             cache[:] = [k, v]
-        y = attention(q, k, v)                                                        # (B, H, T, D)
+        y, weights = attention(q, k, v)                                               # (B, H, T, D)
+        self.weights = weights.detach()                                               # what it looked at, for `look`
         return self.out(y.transpose(1, 2).reshape(B, T, C))                           # heads side by side again
 
 
@@ -440,13 +449,15 @@ def describe(ch):
     return f"'{ch}'" if ch.isascii() and ch.isprintable() else f"U+{ord(ch):04X} {unicodedata.name(ch, '')}".strip()
 
 
-def parse(text):
+def parse(text, brackets=False):
     """Text to tree: school precedence, left to right. Raises InputError that says where it breaks off.
 
     >>> parse("1+2*3-4")
     ('-', ('+', 1, ('*', 2, 3)), 4)
     >>> parse("-(1+2)/3")
     ('/', ('neg', ('+', 1, 2)), 3)
+    >>> parse("(1+2)*3", brackets=True)              # brackets as nodes of their own, for typesetting
+    ('*', ('()', ('+', 1, 2)), 3)
     """
     if len(text) > MAX_LENGTH:
         raise InputError(f"the problem has {len(text)} characters, {MAX_LENGTH} at most can be read; write less")
@@ -476,7 +487,7 @@ def parse(text):
         if peek() != ")":
             fail("a closing bracket is missing")
         take()
-        return node
+        return ("()", node) if brackets else node
 
     def factors(depth):                              # numbers joined by * and /
         node = number(depth)
@@ -1278,7 +1289,299 @@ def table(results):
     return "\n".join(rows)
 
 
-######## Step 7: going further - the commands #################################################################
+######## Step 7-1: mathematics as it is printed ###############################################################
+#
+# The line of equations is all there is; what follows are views of it. One table says how each construct is written in
+# LaTeX, for papers, and in MathML, which browsers show by themselves.
+
+CONSTRUCTS = {
+    "number":   ("{}", "<mn>{}</mn>"),
+    "+":        ("{}+{}", "<mrow>{}<mo>+</mo>{}</mrow>"),
+    "-":        ("{}-{}", "<mrow>{}<mo>&#x2212;</mo>{}</mrow>"),
+    "neg":      ("-{}", "<mrow><mo>&#x2212;</mo>{}</mrow>"),
+    "*":        (r"{} \times {}", "<mrow>{}<mo>&#xD7;</mo>{}</mrow>"),
+    "/":        (r"{} \div {}", "<mrow>{}<mo>&#xF7;</mo>{}</mrow>"),
+    "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac>{}{}</mfrac>"),
+    "mixed":    ("{}{}", "<mrow>{}{}</mrow>"),
+    "()":       ("({})", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),
+    "tall":     (r"\left({}\right)", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),        # around a fraction
+    "step":     ("{}&={}", "<mtr><mtd>{}</mtd><mtd><mo>=</mo></mtd><mtd>{}</mtd></mtr>"),
+    "between":  (r" \\" + "\n", ""),
+    "nothing":  ("", "<mrow></mrow>"),
+    "unread":   (r"\mathtt{{{}}}", "<mtext>{}</mtext>"),                              # not mathematics
+    "line":     ("\\begin{{align*}}\n{}\n\\end{{align*}}", '<math display="block"><mtable>{}</mtable></math>'),
+}
+
+
+def typeset(text, language):
+    """A step, typeset: text -> LaTeX (language 0) or MathML (language 1). What cannot be read is set as it is.
+
+    >>> print(typeset("-3-1/2", 0), typeset("70+(1831-1610)/23", 0), typeset("2*7/23", 0))
+    -3\\frac{1}{2} 70+(1831-1610) \\div 23 \\frac{2 \\times 7}{23}
+    >>> typeset("3/7", 1)
+    '<mfrac><mn>3</mn><mn>7</mn></mfrac>'
+    """
+    def write(construct, *parts):
+        return CONSTRUCTS[construct][language].format(*parts)
+
+    def numbers(node):                               # the numbers of a product; none if it is not one
+        if isinstance(node, int):
+            return [node]
+        parts = [numbers(child) for child in node[1:]] if node[0] in ("*", "()") else [[]]
+        return sum(parts, []) if all(parts) else []
+
+    def is_fraction(node):                           # 221/23 is a division, 3/7 and 2*7/23 are fractions
+        above, below = map(numbers, node[1:]) if isinstance(node, tuple) and node[0] == "/" else ([], [])
+        return bool(above and below) and 0 < abs(math.prod(above)) < math.prod(below)
+
+    def has_fraction(node):
+        return isinstance(node, tuple) and (is_fraction(node) or any(map(has_fraction, node[1:])))
+
+    def show(node):
+        if isinstance(node, int):
+            return write("number", node) if node >= 0 else write("neg", write("number", -node))
+        op, *children = node
+        if is_fraction(node):
+            above, below = (child[1] if isinstance(child, tuple) and child[0] == "()" else child for child in children)
+            if isinstance(above, int) and above < 0:
+                return write("neg", write("fraction", show(-above), show(below)))
+            return write("fraction", show(above), show(below))
+        if op in "+-" and isinstance(children[0], int) and is_fraction(children[1]):
+            whole, fraction = children[0], show(children[1])
+            if whole and (whole > 0) == (op == "+"):
+                mixed = write("mixed", show(abs(whole)), fraction)
+                return mixed if whole > 0 else write("neg", mixed)
+        if op == "()" and has_fraction(node):
+            op = "tall"
+        return write(op, *map(show, children))
+
+    try:
+        return show(parse(text, brackets=True))
+    except InputError:
+        return write("unread", html.escape(text))
+
+
+def typeset_line(line, language):
+    problem, *steps = line.split("=")
+    constructs = {name: forms[language] for name, forms in CONSTRUCTS.items()}
+    lefts = [typeset(problem, language)] + [constructs["nothing"]] * (len(steps) - 1)
+    rows = [constructs["step"].format(left, typeset(step, language)) for left, step in zip(lefts, steps)]
+    return constructs["line"].format(constructs["between"].join(rows))
+
+
+def to_latex(line):
+    r"""A line as an align* block of LaTeX. A step that cannot be read is set as plain text.
+
+    >>> print(to_latex("10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2"))
+    \begin{align*}
+    10 \div 4&=2+(10-8) \div 4 \\
+    &=2\frac{2}{4} \\
+    &=2\frac{2}{2 \times 2} \\
+    &=2\frac{1}{2}
+    \end{align*}
+    """
+    return typeset_line(line, 0)
+
+
+def to_mathml(line):
+    """A line as a table of presentation MathML, a row a step.
+
+    >>> to_mathml("2*4=8")[22:76]
+    '<mtable><mtr><mtd><mrow><mn>2</mn><mo>&#xD7;</mo><mn>4'
+    """
+    return typeset_line(line, 1)
+
+
+######## Step 7-2: what the model looked at #####################################################################
+
+def watch(model, line):
+    """What happened while a line was written: text (T,) as the model reads it, weights (n_layer, H, T, T), logits (T, V)."""
+    ids = encode(line, model.config.ones_first)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids], device=model.head.weight.device))[0]
+    weights = torch.stack([block.attention.weights[0] for block in model.blocks])
+    return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.cpu()
+
+
+def look(model, line, layer=None, head=None):
+    """A picture of attention: a row for each character that was written, a column for each that stood before it.
+
+    The darker the sign, of " .:-=+*#%@", the larger the weight with which the model looked there when it wrote; the
+    largest one of all layers (1, 2 ...) and heads, or of those that were chosen. Numbers stand as the model reads
+    them, from the ones place. Raises InputError for a layer or head that is not there.
+    """
+    for name, chosen, count in (("layer", layer, model.config.n_layer), ("head", head, model.config.n_head)):
+        if chosen is not None and not 1 <= chosen <= count:
+            raise InputError(f"--{name} {chosen}: this model has {name}s 1 to {count}")
+    text, weights, _ = watch(model, line)
+    weights = weights[slice(None) if layer is None else [layer - 1]]
+    weights = weights[:, slice(None) if head is None else [head - 1]].amax((0, 1))    # (T, T)
+    rows = [f"     {text}"]
+    for t in range(text.index("=") + 1, len(text) + 1):
+        shades = "".join(" .:-=+*#%@"[min(9, int(10 * w))] for w in weights[t - 1, :t].tolist())
+        rows.append(f"{text[t] if t < len(text) else 'end':>3}  {shades}")
+    return "\n".join(rows)
+
+
+######## Step 7-3: the page #####################################################################################
+#
+# The same in a browser, for people who would rather look than read: a server from the standard library, and one page
+# (the string PAGE at the end of this file) that loads nothing from anywhere else.
+
+def chart(title, minutes, series, ticks):
+    """A line chart as inline SVG. series: name -> points of 0 (bottom) to 1 (top); ticks: label -> height."""
+    def at(x, y):
+        return f"{60 + 500 * x / max(minutes, default=1):.1f},{220 - 200 * y:.1f}"
+
+    rows = []
+    for label, y in ticks.items():
+        rows.append(f'<path class="grid" d="M{at(0, y)} H560"/><text x="52" y="{224 - 200 * y:.0f}" text-anchor="end">{label}</text>')
+    for i, (name, points) in enumerate(series.items()):
+        line = " ".join(at(x, y) for x, y in zip(minutes, points))
+        rows.append(f'<polyline class="line c{i}" points="{line}"/><path class="line c{i}" d="M572 {30 + 24 * i} h30"/>'
+                    f'<text x="608" y="{34 + 24 * i}">{name}</text>')
+    rows.append(f'<text x="60" y="244">0</text><text x="560" y="244" text-anchor="end">{max(minutes, default=0):.1f} minutes</text>')
+    return f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 680 250" role="img" aria-label="{title}">' \
+           + "".join(rows) + "</svg></figure>"
+
+
+def charts(history):
+    """How a run went, from the history in its checkpoint, as two charts."""
+    if not history:
+        return "<p>This checkpoint holds no history of its training.</p>"
+    logs = [math.log10(max(point["loss"], 1e-6)) for point in history]
+    bottom, top = math.floor(min(logs)), math.ceil(max(logs))
+    loss = chart("Loss, in nats a token", [point["seconds"] / 60 for point in history],
+                 {"loss": [(log - bottom) / (top - bottom) for log in logs]},
+                 {f"{10.0 ** n:g}": (n - bottom) / (top - bottom) for n in range(bottom, top + 1)})
+    rows = [point for point in history if "exact" in point]
+    exact = {kind: [row["exact"][kind] for row in rows] for kind in (rows[0]["exact"] if rows else ())}
+    return loss + chart("Held-out answers right", [row["seconds"] / 60 for row in rows], exact,
+                        {f"{n}%": n / 100 for n in range(0, 101, 20)})
+
+
+def reply_to(model, text, lock):
+    """What the page shows for a problem, as a dict for JSON. Raises InputError."""
+    problem = prepare(text, model)
+    with lock:                                       # one batch at a time
+        line = solve(model, [problem])[0]
+        read, weights, logits = watch(model, line)
+    start, (answer, _) = read.index("=") + 1, check(line)
+    likeliest = logits.softmax(-1).topk(3)
+    spans = [match.span() for match in re.finditer("[0-9]+", line)] if model.config.ones_first else []
+    place = list(range(len(line) + 1))               # where each token stands in the line as people read it
+    for a, b in spans:
+        place[a:b] = place[a:b][::-1]
+    return {
+        "line": line, "problem": typeset(problem, 1), "right": answer, "latex": to_latex(line), "place": place,
+        "steps": [{"mathml": typeset(step, 1), "true": is_true(f"{problem}={step}")} for step in line.split("=")[1:]],
+        "note": "This problem is outside the range that the model was trained on." if outside(problem) else "",
+        "start": start,
+        # for each character written, for each layer and head: a digit 0 to 9 for the weight of each earlier character
+        "weights": [[["".join(str(min(9, int(10 * w))) for w in head[t - 1, :t].tolist()) for head in layer]
+                     for layer in weights] for t in range(start, len(read) + 1)],
+        "next": [[["end" if i == END else VOCAB[i], round(p, 4)] for i, p in zip(ids, ps)] for ids, ps in
+                 zip(likeliest.indices[start - 1:].tolist(), likeliest.values[start - 1:].tolist())],
+    }
+
+
+def make_server(model, history, host="127.0.0.1", port=8000):
+    """An HTTP server for the page, ready for serve_forever(); port 0 takes a free one. Raises InputError.
+
+    It answers GET / with the page and POST /solve {"problem": text} with JSON, nothing else. It refuses requests that a
+    page from elsewhere has sent (Origin), or that came by a name that is not ours (Host; "DNS rebinding").
+    """
+    lock, figure = threading.Lock(), charts(history)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10                                 # seconds that a client may stall
+        server_version, sys_version, error_content_type = "tinyllm", "", "application/json"
+
+        def log_message(self, *_):
+            pass
+
+        def send(self, status, kind, body, policy="default-src 'none'"):
+            data = body.encode("utf-8")
+            self.send_response(status)
+            for name, text in (("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", len(data)),
+                               ("Content-Security-Policy", policy + "; base-uri 'none'; frame-ancestors 'none'"),
+                               ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+                               ("Cache-Control", "no-store"), ("Connection", "close")):
+                self.send_header(name, str(text))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def send_error(self, code, message=None, explain=None):
+            self.close_connection = True
+            self.send(code, "application/json", json.dumps({"error": message or http.HTTPStatus(code).description}))
+
+        def refused(self):
+            """Is the request not for us? Then it has been answered."""
+            name, _, _ = (self.headers.get("Host") or "").rpartition(":")
+            try:
+                known = name in ("localhost", host) or bool(ipaddress.ip_address(name.strip("[]")))
+            except ValueError:
+                known = False
+            if not known or self.headers["Host"] != f"{name}:{self.server.server_port}":
+                self.send_error(403, "this server is asked by another name than its own; use the address that it printed")
+            elif self.headers.get("Origin", f"http://{self.headers['Host']}") != f"http://{self.headers['Host']}":
+                self.send_error(403, "this request comes from another page; open the address that the server printed")
+            else:
+                return False
+            return True
+
+        def do_GET(self):
+            if self.refused():
+                return
+            if self.path.partition("?")[0] != "/":
+                return self.send_error(404, "there is nothing at this address; the page is at /")
+            nonce = secrets.token_urlsafe(16)
+            page = PAGE.replace("NONCE", nonce).replace("FIGURE", figure)
+            for name, count in (("LAYERS", model.config.n_layer), ("HEADS", model.config.n_head)):
+                page = page.replace(name, "".join(f"<option value={i}>{i + 1}</option>" for i in range(count)))
+            self.send(200, "text/html", page, f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+                                              "connect-src 'self'; form-action 'none'")
+
+        def do_POST(self):
+            if self.refused():
+                return
+            if self.path != "/solve":
+                return self.send_error(404, "there is nothing at this address; problems go to /solve")
+            length = self.headers.get("Content-Length", "")
+            if not re.fullmatch("[0-9]{1,9}", length):
+                return self.send_error(411, "the request does not say how long it is (Content-Length)")
+            if int(length) > 4096:
+                return self.send_error(413, "the request is longer than 4096 bytes; write a shorter problem")
+            try:
+                asked = json.loads(self.rfile.read(int(length)))
+                text, preview = asked["problem"], asked.get("preview", False)
+                if not isinstance(text, str):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                return self.send_error(400, 'the request is not of the form {"problem": "12*34"}')
+            try:
+                reply = {"problem": typeset(prepare(text, model), 1)} if preview else reply_to(model, text, lock)
+            except InputError as error:
+                return self.send_error(422, str(error))
+            self.send(200, "application/json", json.dumps(reply))
+
+        do_HEAD = do_GET
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 128
+        allow_reuse_address = os.name != "nt"        # on Windows it would let two servers share a port
+
+        def handle_error(self, request, client_address):
+            pass                                     # a client that went away harms no other
+
+    try:
+        return Server((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot serve on {host}, port {port} ({error}); give another --port") from error
+
+
+######## Step 7-4: the commands #################################################################################
 
 def prepare(text, model):
     """What a person typed, as a problem that the model can be asked. Raises InputError."""
@@ -1399,7 +1702,7 @@ def command_ask(args):
         return ask_plain(model, args.problems or sys.stdin)
     if args.problems:
         for line in solve(model, [prepare(text, model) for text in args.problems]):
-            show(line)
+            print(to_latex(line)) if args.latex else show(line)
         return 0
     while True:                                      # a small prompt loop; an empty line or Ctrl-D ends it
         try:
@@ -1432,6 +1735,32 @@ def ask_plain(model, texts, batch_size=1000):
     return status
 
 
+def command_look(args):
+    model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    line = solve(model, [prepare(args.problem, model)])[0]
+    chosen = f"layer {args.layer or 'any'}, head {args.head or 'any'}, the largest weight"
+    print(f"{line}\n{chosen}; numbers stand from the ones place, as the model reads them:")
+    print(look(model, line, args.layer, args.head))
+    return 0
+
+
+def command_serve(args):
+    checkpoint, model = read_checkpoint(args.checkpoint), load_checkpoint(args.checkpoint, pick_device(args.device))
+    server = make_server(model, checkpoint["history"], args.host, args.port)
+    address = f"http://{args.host}:{server.server_port}/"
+    if args.host not in ("127.0.0.1", "localhost"):
+        print("warning: with --host, everyone who can reach this machine can use this page")
+    print(f"{address} (Ctrl-C ends it)", flush=True)
+    if args.open:
+        webbrowser.open(address)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("\nended")
+    return 0
+
+
 def command_data(args):
     rng = random.Random(args.seed)
     for _ in range(args.count):
@@ -1456,7 +1785,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic and writes its working.")
-    commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | data")
+    commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | look | serve | data")
 
     def command(name, function, help):
         sub = commands.add_parser(name, help=help, description=help,
@@ -1486,7 +1815,20 @@ def make_parser():
     sub = command("ask", command_ask, "ask the model")
     sub.add_argument("problems", nargs="*", help='such as "12*34"; none: a prompt')
     sub.add_argument("--plain", action="store_true", help="one line in (standard input), one full line out")
+    sub.add_argument("--latex", action="store_true", help="the working as LaTeX")
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to ask")
+
+    sub = command("look", command_look, "see what the model looked at while it wrote")
+    sub.add_argument("problem", help='such as "12+39"')
+    sub.add_argument("--layer", type=int, help="one layer, 1 or more; none: the largest weight of all")
+    sub.add_argument("--head", type=int, help="one head, 1 or more; none: the largest weight of all")
+    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to look into")
+
+    sub = command("serve", command_serve, "a page in the browser to talk to the model")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    sub.add_argument("--open", action="store_true", help="open the page in the browser")
+    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to talk to")
 
     sub = command("data", command_data, "print examples of the data")
     sub.add_argument("--kind", choices=list(KINDS), help="kind of problem; none: all of them")
@@ -1517,6 +1859,185 @@ def main(argv=None):
     except BrokenPipeError:                          # the reader has gone, as in `ask --plain | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+######## The page of Step 7-3 ###################################################################################
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tinyllm</title>
+<style nonce="NONCE">
+:root { color-scheme: light; --paper: #fbfaf7; --ink: #1d1d1f; --soft: #5c5c63; --line: #d8d5cc; --accent: #0b57a4;
+  --good: #17652a; --bad: #a8161b; --look: 214 120 0;
+  --c0: #0b57a4; --c1: #b3400a; --c2: #17652a; --c3: #8a1f7a; --c4: #6b5b00; --c5: #a8161b; }
+@media (prefers-color-scheme: dark) { :root { color-scheme: dark; --paper: #17181b; --ink: #ececec; --soft: #a5a7ae; --line: #3a3c42;
+  --accent: #86b9f5; --good: #7fd193; --bad: #ff9a94; --look: 255 170 60;
+  --c0: #86b9f5; --c1: #ffab7a; --c2: #7fd193; --c3: #e6a0dc; --c4: #dcc95c; --c5: #ff9a94; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 46rem; background: var(--paper); color: var(--ink);
+  font: 1.05rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
+p { margin: .4rem 0; } .soft, figcaption { color: var(--soft); font-size: .95rem; }
+form { display: flex; gap: .5rem; margin: 1.2rem 0 .3rem; }
+input, button, select { font: inherit; color: inherit; background: transparent; border: 1px solid var(--soft); border-radius: .4rem;
+  padding: .45rem .7rem; }
+input { flex: 1; min-width: 0; font-size: 1.25rem; } button { cursor: pointer; } form button { background: var(--accent); color: var(--paper); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+.few { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; } .few button { padding: .15rem .6rem; font-size: .95rem; }
+#preview { min-height: 2.4rem; margin-top: .6rem; font-size: 1.3rem; } math { font-size: 1.15em; } mfrac > * { padding: .12em; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; } td { padding: .25rem .35rem; vertical-align: baseline; white-space: nowrap; }
+td:first-child { text-align: right; } .true { color: var(--good); } .false { color: var(--bad); font-weight: 700; }
+.verdict { font-size: .9rem; padding-left: 1.2rem; } #answer { font-size: 2.4rem; margin: .6rem 0 0; }
+#written { font: 1.15rem/2 ui-monospace, monospace; } #written span { padding: .2rem .08rem; border-radius: .2rem; }
+#written [tabindex] { cursor: pointer; border-bottom: 2px solid var(--line); } #written .now { border-color: var(--accent); font-weight: 700; }
+figure { margin: 1rem 0; } svg { width: 100%; height: auto; font: 15px system-ui, sans-serif; fill: var(--ink); }
+.grid { stroke: var(--line); } .line { fill: none; stroke-width: 2.5; }
+.c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); stroke-dasharray: 8 3; } .c2 { stroke: var(--c2); stroke-dasharray: 2 3; }
+.c3 { stroke: var(--c3); stroke-dasharray: 12 4; } .c4 { stroke: var(--c4); stroke-dasharray: 8 3 2 3; } .c5 { stroke: var(--c5); stroke-dasharray: 4 4; }
+</style>
+</head>
+<body>
+<main>
+<h1>tinyllm</h1>
+<p class="soft">A small language model that learned school arithmetic from examples. It writes one character after another;
+no calculator helps it. Whether a step is true is checked afterwards, exactly.</p>
+<form id="form"><input id="problem" aria-label="Problem" autocomplete="off" autocapitalize="off" spellcheck="false" maxlength="400" autofocus
+  placeholder="(12+3)*4-6"><button>Ask</button></form>
+<div id="preview" aria-hidden="true"></div>
+<div class="few" id="examples"><span class="soft">Try</span></div>
+<p id="message" role="alert" class="false"></p>
+<section id="result" hidden aria-live="polite">
+  <p id="answer"></p><p id="judgement"></p><p id="note" class="soft"></p>
+  <h2>Its working</h2>
+  <div class="scroll" tabindex="0" role="region" aria-label="Working, a step a line"><table id="steps"></table></div>
+  <p class="few"><button id="latex" type="button">Copy LaTeX</button><button id="text" type="button">Copy text</button>
+    <span id="copied" role="status" class="soft"></span></p>
+  <h2>What it looked at</h2>
+  <p class="soft">Point at a character that it wrote, or move with the arrow keys: the darker an earlier character, the more the model
+    looked at it while it wrote this one. Numbers are written from the ones place.</p>
+  <p class="few"><label>Layer <select id="layer"><option value="">all</option>LAYERS</select></label>
+    <label>Head <select id="head"><option value="">all</option>HEADS</select></label></p>
+  <p id="written" role="group" aria-label="The line, character by character"></p>
+  <p id="choice" role="status"></p>
+</section>
+<section id="past" hidden><h2>Asked before</h2><div class="few" id="asked"></div></section>
+<section><h2>How it learned</h2>FIGURE</section>
+</main>
+<script nonce="NONCE">
+"use strict";
+const $ = id => document.getElementById(id), input = $("problem"), asked = [];
+let reply = null, now = 0, walk = 0, typed = 0;
+
+async function post(body) {
+  const answer = await fetch("/solve", {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
+  const data = await answer.json();
+  if (!answer.ok) throw new Error(data.error);
+  return data;
+}
+
+function add(parent, tag, text, attributes = {}) {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  parent.append(element);
+  return element;
+}
+
+function button(parent, problem) {
+  add(parent, "button", problem, {type: "button"}).onclick = () => { input.value = problem; ask(problem); input.focus(); };
+}
+
+async function ask(problem, remember = true) {
+  $("message").textContent = "";
+  typed++;
+  try { reply = await post({problem}); } catch (error) {
+    $("result").hidden = true;
+    $("message").textContent = error.message;
+    return;
+  }
+  if (remember) history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
+  if (!asked.includes(problem)) { asked.push(problem); button($("asked"), problem); }
+  walk = asked.length;
+  $("past").hidden = false;
+  const last = reply.steps[reply.steps.length - 1];
+  $("preview").innerHTML = `<math>${reply.problem}</math>`;
+  $("answer").innerHTML = `<math>${last ? last.mathml : ""}</math>`;
+  $("judgement").textContent = reply.right ? "Check: the answer is right." : "Check: this is NOT the right answer.";
+  $("judgement").className = String(reply.right);
+  $("note").textContent = reply.note;
+  $("steps").replaceChildren();
+  reply.steps.forEach((step, i) => {
+    const row = $("steps").insertRow();
+    row.insertCell().innerHTML = i ? "" : `<math>${reply.problem}</math>`;
+    row.insertCell().textContent = "=";
+    row.insertCell().innerHTML = `<math displaystyle="true">${step.mathml}</math>`;
+    add(row, "td", step.true ? "true" : "NOT TRUE", {class: "verdict " + step.true});
+  });
+  $("written").replaceChildren();
+  now = reply.start;
+  const shown = [...reply.line, "\\u2190end"], tokens = shown.map((_, i) => reply.place.indexOf(i));
+  shown.forEach((character, i) => {
+    const t = tokens[i], span = add($("written"), "span", character);
+    span.dataset.t = t;
+    if (t < reply.start) return;
+    span.tabIndex = t === now ? 0 : -1;
+    span.onmouseenter = span.onfocus = () => point(t);
+  });
+  $("result").hidden = false;
+  point(now);
+}
+
+function point(t) {
+  now = t;
+  const rows = reply.weights[t - reply.start], layer = $("layer").value, head = $("head").value;
+  const some = rows.filter((_, i) => layer === "" || i == layer).flatMap(heads => heads.filter((_, i) => head === "" || i == head));
+  for (const span of $("written").children) {
+    const s = +span.dataset.t, weight = s < t ? Math.max(...some.map(row => +row[s])) : 0;
+    span.style.backgroundColor = `rgb(var(--look) / ${weight / 12})`;
+    span.className = s === t ? "now" : "";
+    if (s >= reply.start) span.tabIndex = s === t ? 0 : -1;
+  }
+  $("choice").textContent = "Likeliest here: " + reply.next[t - reply.start].map(([c, p]) => `${c} ${(100 * p).toFixed(p < 0.9995 && p > 0.0005 ? 1 : 0)}%`).join(", ");
+}
+
+$("written").onkeydown = event => {
+  const spans = [...$("written").querySelectorAll("[tabindex]")], at = spans.findIndex(span => +span.dataset.t === now);
+  const next = spans[at + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0)];
+  if (next && next !== spans[at]) { event.preventDefault(); next.focus(); }
+};
+$("layer").onchange = $("head").onchange = () => point(now);
+$("form").onsubmit = event => { event.preventDefault(); ask(input.value); };
+input.onkeydown = event => {
+  if (!["ArrowUp", "ArrowDown"].includes(event.key)) return;
+  event.preventDefault();
+  walk = Math.min(asked.length, Math.max(0, walk + (event.key === "ArrowUp" ? -1 : 1)));
+  input.value = asked[walk] || "";
+  input.oninput();
+};
+input.oninput = async () => {
+  const turn = ++typed;
+  let shown = "";
+  try { shown = `<math>${(await post({problem: input.value, preview: true})).problem}</math>`; } catch (error) { /* not finished yet */ }
+  if (turn === typed) $("preview").innerHTML = shown;
+};
+for (const [id, key] of [["latex", "latex"], ["text", "line"]]) $(id).onclick = async () => {
+  try { await navigator.clipboard.writeText(reply[key]); $("copied").textContent = "copied"; }
+  catch (error) { $("copied").textContent = "the browser does not allow it here"; }
+};
+function fromAddress() {
+  const problem = new URLSearchParams(location.search).get("q");
+  if (problem) { input.value = problem; ask(problem, false); }
+}
+window.onpopstate = fromAddress;
+["(12+3)*4-6", "345*27", "1831/23", "48213-51786", "10/4", "-(3+4)*2"].forEach(problem => button($("examples"), problem));
+fromAddress();
+</script>
+</body>
+</html>
+"""
 
 
 if __name__ == "__main__":

@@ -1890,7 +1890,7 @@ input { flex: 1; min-width: 0; font-size: 1.25rem; } button { cursor: pointer; }
 #preview { min-height: 2.4rem; margin-top: .6rem; font-size: 1.3rem; } math { font-size: 1.15em; } mfrac > * { padding: .12em; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; } td { padding: .25rem .35rem; vertical-align: baseline; white-space: nowrap; }
 td:first-child { text-align: right; } .true { color: var(--good); } .false { color: var(--bad); font-weight: 700; }
-.verdict { font-size: .9rem; padding-left: 1.2rem; } #answer { font-size: 2.4rem; margin: .6rem 0 0; }
+.verdict { font-size: .9rem; padding-left: 1.2rem; position: sticky; right: 0; background: var(--paper); } #answer { font-size: 2.4rem; margin: .6rem 0 0; }
 #written { font: 1.15rem/2 ui-monospace, monospace; } #written span { padding: .2rem .08rem; border-radius: .2rem; }
 #written [tabindex] { cursor: pointer; border-bottom: 2px solid var(--line); } #written .now { border-color: var(--accent); font-weight: 700; }
 figure { margin: 1rem 0; } svg { width: 100%; height: auto; font: 15px system-ui, sans-serif; fill: var(--ink); }

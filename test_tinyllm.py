@@ -513,7 +513,6 @@ def test_look_shows_the_weights_of_the_model():
         tinyllm.look(model, line, layer=3)
 
 
-
 @pytest.fixture(scope="module")
 def page():
     """A served page with a small untrained model, on a free port: (host:port, request function)."""

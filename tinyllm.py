@@ -1157,6 +1157,7 @@ def load_checkpoint(path, device="cpu"):
     """Read a trained model: path -> TinyLLM, ready to answer. Raises InputError."""
     checkpoint = read_checkpoint(path)
     model = TinyLLM(Config(**checkpoint["config"]))
+    model.history = checkpoint["history"]            # of its training, for the page
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -1307,10 +1308,13 @@ CONSTRUCTS = {
     "tall":     (r"\left({}\right)", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),        # around a fraction
     "step":     ("{}&={}", "<mtr><mtd>{}</mtd><mtd><mo>=</mo></mtd><mtd>{}</mtd></mtr>"),
     "between":  (r" \\" + "\n", ""),
-    "nothing":  ("", "<mrow></mrow>"),
     "unread":   (r"\mathtt{{{}}}", "<mtext>{}</mtext>"),                              # not mathematics
     "line":     ("\\begin{{align*}}\n{}\n\\end{{align*}}", '<math display="block"><mtable>{}</mtable></math>'),
 }
+
+
+def write(language, construct, *parts):
+    return CONSTRUCTS[construct][language].format(*parts)
 
 
 def typeset(text, language):
@@ -1321,9 +1325,6 @@ def typeset(text, language):
     >>> typeset("3/7", 1)
     '<mfrac><mn>3</mn><mn>7</mn></mfrac>'
     """
-    def write(construct, *parts):
-        return CONSTRUCTS[construct][language].format(*parts)
-
     def numbers(node):                               # the numbers of a product; none if it is not one
         if isinstance(node, int):
             return [node]
@@ -1339,34 +1340,34 @@ def typeset(text, language):
 
     def show(node):
         if isinstance(node, int):
-            return write("number", node) if node >= 0 else write("neg", write("number", -node))
+            return write(language, "number", node) if node >= 0 else write(language, "neg", show(-node))
         op, *children = node
         if is_fraction(node):
             above, below = (child[1] if isinstance(child, tuple) and child[0] == "()" else child for child in children)
             if isinstance(above, int) and above < 0:
-                return write("neg", write("fraction", show(-above), show(below)))
-            return write("fraction", show(above), show(below))
+                return write(language, "neg", write(language, "fraction", show(-above), show(below)))
+            return write(language, "fraction", show(above), show(below))
         if op in "+-" and isinstance(children[0], int) and is_fraction(children[1]):
             whole, fraction = children[0], show(children[1])
             if whole and (whole > 0) == (op == "+"):
-                mixed = write("mixed", show(abs(whole)), fraction)
-                return mixed if whole > 0 else write("neg", mixed)
+                mixed = write(language, "mixed", show(abs(whole)), fraction)
+                return mixed if whole > 0 else write(language, "neg", mixed)
         if op == "()" and has_fraction(node):
             op = "tall"
-        return write(op, *map(show, children))
+        return write(language, op, *map(show, children))
 
     try:
         return show(parse(text, brackets=True))
     except InputError:
-        return write("unread", html.escape(text))
+        return write(language, "unread", html.escape(text))
 
 
 def typeset_line(line, language):
+    """A line, typeset a step a row: problem and first step, then only the steps."""
     problem, *steps = line.split("=")
-    constructs = {name: forms[language] for name, forms in CONSTRUCTS.items()}
-    lefts = [typeset(problem, language)] + [constructs["nothing"]] * (len(steps) - 1)
-    rows = [constructs["step"].format(left, typeset(step, language)) for left, step in zip(lefts, steps)]
-    return constructs["line"].format(constructs["between"].join(rows))
+    rows = [write(language, "step", "" if i else typeset(problem, language), typeset(step, language))
+            for i, step in enumerate(steps)]
+    return write(language, "line", write(language, "between").join(rows))
 
 
 def to_latex(line):
@@ -1403,6 +1404,11 @@ def watch(model, line):
     return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.cpu()
 
 
+def levels(weights):
+    """Weights of 0 to 1 on a scale of ten steps, 0 to 9, for showing: (T,) -> a list."""
+    return (10 * weights).int().clamp(max=9).tolist()
+
+
 def look(model, line, layer=None, head=None):
     """A picture of attention: a row for each character that was written, a column for each that stood before it.
 
@@ -1418,7 +1424,7 @@ def look(model, line, layer=None, head=None):
     weights = weights[:, slice(None) if head is None else [head - 1]].amax((0, 1))    # (T, T)
     rows = [f"     {text}"]
     for t in range(text.index("=") + 1, len(text) + 1):
-        shades = "".join(" .:-=+*#%@"[min(9, int(10 * w))] for w in weights[t - 1, :t].tolist())
+        shades = "".join(" .:-=+*#%@"[level] for level in levels(weights[t - 1, :t]))
         rows.append(f"{text[t] if t < len(text) else 'end':>3}  {shades}")
     return "\n".join(rows)
 
@@ -1478,7 +1484,7 @@ def reply_to(model, text, lock):
         "note": "This problem is outside the range that the model was trained on." if outside(problem) else "",
         "start": start,
         # for each character written, for each layer and head: a digit 0 to 9 for the weight of each earlier character
-        "weights": [[["".join(str(min(9, int(10 * w))) for w in head[t - 1, :t].tolist()) for head in layer]
+        "weights": [[["".join(map(str, levels(head[t - 1, :t]))) for head in layer]
                      for layer in weights] for t in range(start, len(read) + 1)],
         "next": [[["end" if i == END else VOCAB[i], round(p, 4)] for i, p in zip(ids, ps)] for ids, ps in
                  zip(likeliest.indices[start - 1:].tolist(), likeliest.values[start - 1:].tolist())],
@@ -1702,7 +1708,10 @@ def command_ask(args):
         return ask_plain(model, args.problems or sys.stdin)
     if args.problems:
         for line in solve(model, [prepare(text, model) for text in args.problems]):
-            print(to_latex(line)) if args.latex else show(line)
+            if args.latex:
+                print(to_latex(line))
+            else:
+                show(line)
         return 0
     while True:                                      # a small prompt loop; an empty line or Ctrl-D ends it
         try:
@@ -1745,8 +1754,8 @@ def command_look(args):
 
 
 def command_serve(args):
-    checkpoint, model = read_checkpoint(args.checkpoint), load_checkpoint(args.checkpoint, pick_device(args.device))
-    server = make_server(model, checkpoint["history"], args.host, args.port)
+    model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    server = make_server(model, model.history, args.host, args.port)
     address = f"http://{args.host}:{server.server_port}/"
     if args.host not in ("127.0.0.1", "localhost"):
         print("warning: with --host, everyone who can reach this machine can use this page")

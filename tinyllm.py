@@ -21,7 +21,7 @@ The map of this file, which is also a plan for learning the subject:
     Step 1  PyTorch in five facts           tensors, NumPy, autograd, nn.Module, the optimizer
     Step 2  What an LLM is                  next-token prediction, embedding, attention
     Step 3  The model                       tokenizer, embeddings, attention, MLP, block, TinyLLM
-    Step 4  The data                        rewriting rules, problems, the x / y / counted table, the loader
+    Step 4  The data                        rewriting rules, letters, the x / y / counted table, the loader
     Step 5  Training                        loss, optimizers, schedule, the loop, monitoring, saving
     Step 6  Evaluation                      held-out problems, greedy decoding, what "right" means
     Step 7  Going further                   LaTeX and MathML, a picture of attention, the page, the commands
@@ -30,12 +30,12 @@ Glossary, each short name with an example of its value:
 
     problem    "345*7"                      what is asked; it never contains "="
     line       "345*7=2100+315=2415"        problem, "=", the steps; the last step is the answer
-    node       ("+", 12, ("*", 3, 4))       a problem as a tree: an int, or an operator and its operands
-    kind       "add", "sub", "mul", "div", "expr"      the kinds of problem; each has a size
+    node       ("+", 12, ("*", 3, "x"))     a problem as a tree: an int, a letter, or an operator and its operands
+    kind       "add", "sub", "mul", "div", "expr", "algebra"     the kinds of problem; each has a size
     ids        [2, 3, 11, 4]                token numbers: "21+3" as the model reads it (see Step 3-1)
     B, T, C    64, 32, 128                  batch (rows), time (tokens in a row), channels (n_embd)
     H, D       4, 32                        attention heads (n_head), channels of one head (head_dim)
-    V          18                           size of the vocabulary
+    V          21                           size of the vocabulary
     logits     (B, T, V)                    one score for each possible next token
 """
 
@@ -49,6 +49,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import secrets
@@ -61,11 +62,11 @@ import unicodedata
 import warnings
 import webbrowser
 import zlib
-from collections import Counter
 from fractions import Fraction
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # NumPy is welcome, not needed
 import torch                                                              # noqa: E402
+import torch.distributed as dist                                          # noqa: E402
 import torch.nn as nn                                                     # noqa: E402
 import torch.nn.functional as F                                           # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset                  # noqa: E402
@@ -157,9 +158,9 @@ def five_facts():
 def untrained_loss(vocab_size):
     """The loss, in nats a token, of a model that knows nothing: it gives each token the probability 1/V.
 
-    >>> logits = torch.zeros(1, 18)                                    # the same score for all 18 tokens
-    >>> round(F.cross_entropy(logits, torch.tensor([7])).item(), 3), round(untrained_loss(18), 3)
-    (2.89, 2.89)
+    >>> logits = torch.zeros(1, 21)                                    # the same score for all 21 tokens
+    >>> round(F.cross_entropy(logits, torch.tensor([7])).item(), 3), round(untrained_loss(21), 3)
+    (3.045, 3.045)
     """
     return math.log(vocab_size)
 
@@ -182,7 +183,8 @@ class Config:
     ones_first: bool = knob(True, "write numbers from the ones place")
     working: bool = knob(True, "learn to write the working; --no-working learns problem=answer alone")
     muon: bool = knob(True, "train the blocks' matrices with Muon; --no-muon trains everything with AdamW")
-    steps: int = knob(6400, "optimizer steps")
+    kinds: str = knob("add sub mul div expr algebra", "kinds of problem to learn")
+    steps: int = knob(8600, "optimizer steps")
     batch_tokens: int = knob(2048, "tokens of a batch, about")
     lr: float = knob(0.02, "highest learning rate of Muon")
     adam_lr: float = knob(0.003, "highest learning rate of AdamW")
@@ -194,10 +196,13 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             number = getattr(self, field.name)
-            if field.name not in ("seed", "weight_decay", "flat") and field.type is not bool and not number > 0:
+            if field.name not in ("seed", "weight_decay", "flat") and field.type in (int, float) and not number > 0:
                 raise InputError(f"--{field.name} {number} must be more than 0")
         if self.n_embd % (8 * self.n_head):
             raise InputError(f"--n_embd {self.n_embd} must be a multiple of 8 * n_head = {8 * self.n_head}")
+        unknown = [kind for kind in self.kinds.split() if kind not in KINDS]
+        if unknown or not self.kinds.split():
+            raise InputError(f"--kinds '{self.kinds}' must name some of: {' '.join(KINDS)}")
         if not 0 <= self.flat < 1:
             raise InputError(f"--flat {self.flat} must be at least 0 and below 1")
 
@@ -208,7 +213,7 @@ class Config:
 # 408 as 8, 0, 4. Carries run from the ones upward, so each digit can be written when all it depends on is known.
 # (Lee et al. 2023, "Teaching Arithmetic to Small Transformers", found the same for addition.)
 
-VOCAB = "\n0123456789+-*/()="           # token 0, the newline, ends a line and fills up short rows
+VOCAB = "\n0123456789+-*/()=xy^"        # token 0, the newline, ends a line and fills up short rows
 ID = {ch: i for i, ch in enumerate(VOCAB)}
 END, EQUALS, DIGITS = ID["\n"], ID["="], (ID["0"], ID["9"])
 
@@ -372,10 +377,10 @@ class TinyLLM(nn.Module):
     """A decoder-only Transformer: ids (B, T) -> logits (B, T, V).
 
     >>> model = TinyLLM(Config(n_layer=2))
-    >>> model(torch.tensor([encode("12+3=15")])).shape           # 7 tokens, 18 scores for what follows each
-    torch.Size([1, 7, 18])
+    >>> model(torch.tensor([encode("12+3=15")])).shape           # 7 tokens, 21 scores for what follows each
+    torch.Size([1, 7, 21])
     >>> sum(p.numel() for p in TinyLLM(Config()).parameters())
-    801552
+    802320
     """
 
     def __init__(self, config):
@@ -417,7 +422,7 @@ class TinyLLM(nn.Module):
 # nothing changes any more is the answer. A new kind of problem needs one more rule, and nothing else.
 
 MAX_DEPTH, MAX_LENGTH = 40, 400                      # brackets within brackets, characters: bounds for any input
-LOOKALIKES = str.maketrans("\u00d7\u00f7\u2212\u2215\u22c5", "*/-/*")      # times, divided by, minus, slash, dot
+LOOKALIKES = str.maketrans({"\u00d7": "*", "\u22c5": "*", "\u00f7": "/", "\u2215": "/", "\u2212": "-", "\u00b2": "^2"})
 
 
 def normalize(text):
@@ -430,11 +435,11 @@ def normalize(text):
         raise InputError("there is a space inside a number; write the number without it")
     clean = ""
     for ch in text:
-        plain = unicodedata.normalize("NFKC", ch).translate(LOOKALIKES)
-        if not plain.strip():                        # white space, also the ideographic one
+        plain = unicodedata.normalize("NFKC", LOOKALIKES.get(ord(ch), ch)).translate(LOOKALIKES)
+        if plain.isspace():                          # also the ideographic one
             continue
-        if plain not in ID or unicodedata.category(ch) == "No":                       # "No": a small raised 2 ...
-            raise InputError(f"unknown character {describe(ch)}; write digits, + - * / and brackets")
+        if not all(c in ID for c in plain) or (plain.isdigit() and unicodedata.category(ch) == "No"):    # a raised 3
+            raise InputError(f"unknown character {describe(ch)}; write digits, + - * / ^2, brackets, the letters x and y")
         clean += plain
     clean = clean[:-1] if clean.endswith("=") else clean
     if not clean:
@@ -449,6 +454,7 @@ def describe(ch):
     return f"'{ch}'" if ch.isascii() and ch.isprintable() else f"U+{ord(ch):04X} {unicodedata.name(ch, '')}".strip()
 
 
+@functools.lru_cache(maxsize=8)
 def parse(text, brackets=False):
     """Text to tree: school precedence, left to right. Raises InputError that says where it breaks off.
 
@@ -456,12 +462,13 @@ def parse(text, brackets=False):
     ('-', ('+', 1, ('*', 2, 3)), 4)
     >>> parse("-(1+2)/3")
     ('/', ('neg', ('+', 1, 2)), 3)
-    >>> parse("(1+2)*3", brackets=True)              # brackets as nodes of their own, for typesetting
-    ('*', ('()', ('+', 1, 2)), 3)
+    >>> parse("(x+1)*2", brackets=True)              # brackets as nodes of their own, for typesetting
+    ('*', ('()', ('+', 'x', 1)), 2)
     """
     if len(text) > MAX_LENGTH:
         raise InputError(f"the problem has {len(text)} characters, {MAX_LENGTH} at most can be read; write less")
     tokens, at = re.findall("[0-9]+|.", text), 0
+    letters = "x" in text or "y" in text
 
     def peek():
         return tokens[at] if at < len(tokens) else ""
@@ -475,9 +482,11 @@ def parse(text, brackets=False):
         place = f"at {describe(peek()[0])}, character {len(''.join(tokens[:at])) + 1}" if peek() else "at the end"
         raise InputError(f"{wanted} {place} of {text[:40]}")
 
-    def number(depth):                               # a number, or something in brackets
+    def number(depth):                               # a number, a letter, or something in brackets
         if peek().isdigit():
             return int(take())
+        if peek() in ("x", "y"):
+            return power(take())
         if peek() != "(":
             fail("a number or an opening bracket is missing")
         if depth == MAX_DEPTH:
@@ -487,34 +496,58 @@ def parse(text, brackets=False):
         if peek() != ")":
             fail("a closing bracket is missing")
         take()
-        return ("()", node) if brackets else node
+        return power(("()", node) if brackets else node)
 
-    def factors(depth):                              # numbers joined by * and /
-        node = number(depth)
-        while peek() and peek() in "*/":
-            node = (take(), node, number(depth))
+    def power(base):
+        if peek() != "^":
+            return base
+        take()
+        if peek() != "2" or not letters:
+            raise InputError("only letters and brackets with letters can be squared; write a product instead")
+        take()
+        return ("^", base, 2)
+
+    def factors(node, depth):                        # numbers joined by * and /, or simply side by side as in 3x
+        while peek() and peek() in "*/(xy":
+            if peek() in "*/":
+                op = take()
+            elif (op := "*") and isinstance(node, tuple) and node[0] == "/":
+                raise InputError(f"{text[:40]} can be read in two ways; write a * or brackets after the division")
+            node = (op, node, number(depth))
         return node
 
     def terms(depth):                                # a sign, perhaps; then factors joined by + and -
         if peek() == "-":
             take()
             node = number(depth)
-            node = -node if isinstance(node, int) else ("neg", node)
-            while peek() and peek() in "*/":
-                node = (take(), node, number(depth))
+            node = factors(-node if isinstance(node, int) else ("neg", node), depth)
         else:
-            node = factors(depth)
+            node = factors(number(depth), depth)
         while peek() and peek() in "+-":
-            node = (take(), node, factors(depth))
+            node = (take(), node, factors(number(depth), depth))
         return node
 
     node = terms(0)
     if peek():
         fail("an operator is missing" if peek() != ")" else "an opening bracket is missing for the one")
+    if letters and degree(node) > 2:
+        raise InputError(f"{text[:40]} multiplies more than two letters; only products up to x^2, xy and y^2 are known")
     return node
 
 
-STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "factors": 2, "fraction": 2}     # the stronger operator binds first
+def degree(node):
+    """How many letters are multiplied with one another: 0 for a number, 2 for xy. Raises InputError for a division."""
+    if not isinstance(node, tuple):
+        return int(isinstance(node, str))
+    if node[0] == "^":
+        return 2 * degree(node[1])
+    degrees = [degree(child) for child in node[1:]]
+    if node[0] == "/" and max(degrees) > 0:
+        raise InputError("letters cannot be divided here; write the problem without the division")
+    return sum(degrees) if node[0] == "*" else max(degrees)
+
+
+STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 3}      # the stronger operator binds first
 
 
 def to_text(node, first=True, spare=lambda: False):
@@ -526,22 +559,26 @@ def to_text(node, first=True, spare=lambda: False):
     >>> to_text(("-", ("*", -3, ("+", 1, 2)), ("neg", ("/", 8, 4))))
     '-3*(1+2)-(-(8/4))'
     """
+    if isinstance(node, str):
+        return node
     if isinstance(node, int):
         return str(node) if first or node >= 0 else f"({node})"
-    if node[0] == "neg":
-        return f"-({to_text(node[1])})" if first else f"(-({to_text(node[1])}))"
-    if node[0] in ("factors", "fraction"):           # 2*2*3/(3*7), 4/7: see divide
-        _, sign, above, below = node
-        text = ("-" if sign < 0 else "") + "*".join(map(str, above or [1])) + "/"
-        text += str(below[0]) if len(below) == 1 else f"({'*'.join(map(str, below))})"
-        return text if first or sign > 0 else f"({text})"
-    op, left, right = node
+    op, left, right = (*node, None)[:3]
 
     def side(child, first, weakest):
-        if isinstance(child, int) or child[0] == "neg" or (STRENGTH[child[0]] >= weakest and not spare()):
+        if not isinstance(child, tuple) or child[0] == "neg" or (STRENGTH[child[0]] >= weakest and not spare()):
             return to_text(child, first, spare)
         return f"({to_text(child, True, spare)})"
 
+    if op == "neg":
+        text = "-" + (side(left, True, 3) if isinstance(left, str) or left[0] == "^" else f"({to_text(left)})")
+        return text if first else f"({text})"
+    if op == "^":
+        return side(left, False, 4) + "^2"
+    if op == "*" and degree(node):                   # 3x and 2(x+1), the number first
+        if isinstance(right, int):
+            left, right = right, left
+        return side(left, first, 2) + side(right, False, 3)
     return side(left, first, STRENGTH[op]) + op + side(right, False, STRENGTH[op] + 1)
 
 
@@ -572,36 +609,11 @@ def multiply(a, b):
     return functools.reduce(lambda total, product: ("+", total, product), products)
 
 
-def prime_factors(n):
-    """84 -> [2, 2, 3, 7], 1 -> []."""
-    factors, p = [], 2
-    while n > 1:
-        if n % p:
-            p += 1
-        else:
-            factors.append(p)
-            n //= p
-    return factors
-
-
-def cancel(sign, above, below):
-    """Cancel what two lists of primes have in common; multiply out where nothing is, or little is left.
-
-    >>> [to_text(cancel(1, *lists)) for lists in (([2, 7], [23]), ([2, 2, 3], [2, 3, 3]), ([2, 2, 2, 3], [2, 3, 3]))]
-    ['14/23', '2/3', '2*2/3']
-    """
-    common = Counter(above) & Counter(below)
-    above, below = (sorted((Counter(side) - common).elements()) for side in (above, below))
-    if common and (len(above) > 1 or len(below) > 1):
-        return ("factors", sign, above, below)
-    return ("fraction", sign, [math.prod(above)], [math.prod(below)])
-
-
 def divide(a, b):
-    """Take off a multiple of the divisor, "digit x power of ten"; a proper fraction is taken apart into primes.
+    """Take off a multiple of the divisor, "digit x power of ten"; a proper fraction is brought to lowest terms.
 
     >>> [to_text(divide(*pair)) for pair in ((56, 7), (534, 7), (1831, 23), (23, 23), (12, 18), (3, 7))]
-    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2*2*3/(2*3*3)', '3/7']
+    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2/3', '3/7']
     """
     if b < 0:
         return ("/", -a, -b)
@@ -609,8 +621,7 @@ def divide(a, b):
     if a == 0:
         return 0
     if a < b:
-        above, below = prime_factors(a), prime_factors(b)
-        return ("factors", sign, above, below) if len(above) > 1 or len(below) > 1 else ("fraction", sign, [a], [b])
+        return ("/", sign * a // math.gcd(a, b), b // math.gcd(a, b))
     if a == b or b == 1:
         return sign * a // b
     # From 20 on nobody knows the tables. A pupil rounds up, 23 to 25, and takes a digit that is sure to fit.
@@ -630,15 +641,12 @@ def rewrite(node):
 
     >>> node = parse("(12+3)*4-6-15/18")
     >>> while rewrite(node) != node: node = rewrite(node); print(to_text(node))
-    15*4-6-3*5/(2*3*3)
-    60-6-5/(2*3)
+    15*4-6-5/6
+    60-6-5/6
     54-5/6
     """
-    match node:
-        case int() | ("fraction", *_):
-            return node
-        case ("factors", sign, above, below):
-            return cancel(sign, above, below)
+    if isinstance(node, int):
+        return node
     op, *old = node
     if all(isinstance(child, int) for child in old):
         return RULES[op](*old)
@@ -651,56 +659,132 @@ def rewrite(node):
     return (op, *new)
 
 
+# With letters, a step is one of three, for the whole line at once: multiply out, sort, add what is alike. All of them
+# work on a list of terms: 3x-2 is [(3, "x"), (-2, "")].
+
+MONOMIALS = ("xx", "xy", "yy", "x", "y", "")         # in the order in which an answer has them
+
+
+def write_out(node):
+    """Multiply out every bracket: a tree with letters -> its terms, in the order in which they come.
+
+    >>> write_out(parse("3(2x-1)-2(x+4)"))
+    [(6, 'x'), (-3, ''), (-2, 'x'), (-8, '')]
+    """
+    if isinstance(node, int):
+        return [(node, "")]
+    if isinstance(node, str):
+        return [(1, node)]
+    op, left, right = (*node, None)[:3]
+    if op == "neg":
+        return [(-n, letters) for n, letters in write_out(left)]
+    if op in "+-":
+        return write_out(left) + write_out(right if op == "+" else ("neg", right))
+    right = left if op == "^" else right
+    return [(a * b, "".join(sorted(m + n))) for a, m in write_out(left) for b, n in write_out(right)]
+
+
+def join(terms):
+    """Terms to text.
+
+    >>> join([(1, "xx"), (-1, "x"), (-6, "")]), join([])
+    ('x^2-x-6', '0')
+    """
+    text = "".join(f"{n:+d}" + re.sub("(.)\\1", r"\1^2", letters) for n, letters in terms)
+    return re.sub("(?<=[+-])1(?=[xy])", "", text).removeprefix("+") or "0"
+
+
+def rewrite_letters(node):
+    """One step of working with letters: the first of the three that changes anything.
+
+    >>> node = parse("3(2x-1)-2(x+4)")
+    >>> while rewrite_letters(node) != node: node = rewrite_letters(node); print(to_text(node))
+    6x-3-2x-8
+    6x-2x-3-8
+    4x-11
+    """
+    terms = write_out(node)
+    in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
+    added = []                                       # of terms that are alike, the first two
+    for letters, alike in itertools.groupby(in_order, lambda term: term[1]):
+        first, second, *others = [n for n, _ in alike] + [0]
+        added += [(n, letters) for n in (first + second, *others) if n]
+    for step in (terms, in_order, added):
+        if (new := parse(join(step))) != node:
+            return new
+    return node
+
+
+@functools.lru_cache(maxsize=8)                       # who draws a problem asks for its line more than once
 def solve_by_rules(problem, working=True):
     """The line that the model should write for a problem. This makes training data; no answer passes through it.
 
-    >>> for p in ("345*27", "162/7", "36/84", "(36/9)-31"): print(solve_by_rules(p))
+    >>> for p in ("345*27", "162/7", "36/84", "(36/9)-31", "(x+2)(x-3)"): print(solve_by_rules(p))
     345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
     162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7
-    36/84=2*2*3*3/(2*2*3*7)=3/7
+    36/84=3/7
     (36/9)-31=4-31=-27
+    (x+2)(x-3)=x^2-3x+2x-6=x^2-x-6
     """
-    steps = [rewrite(parse(problem))]
-    while (node := rewrite(steps[-1])) != steps[-1]:
+    rule = rewrite_letters if "x" in problem or "y" in problem else rewrite
+    steps = [rule(parse(problem))]
+    while (node := rule(steps[-1])) != steps[-1]:
         steps.append(node)
-    texts = [text for text, _ in itertools.groupby(map(to_text, steps))]              # 1/2 is the same when done
-    return "=".join([problem, *(texts if working else texts[-1:])])
+    return "=".join([problem, *map(to_text, steps if working else steps[-1:])])
 
 
-def value(node):
-    """The exact value of a tree, a Fraction. Raises InputError for a division by zero."""
-    if isinstance(node, int):
-        return Fraction(node)
+def value(node, x=0, y=0):
+    """The exact value of a tree for an x and a y, a Fraction. Raises InputError for a division by zero."""
+    if not isinstance(node, tuple):
+        return Fraction({"x": x, "y": y}.get(node, node))
     op, *children = node
-    numbers = [value(child) for child in children]
+    numbers = [value(child, x, y) for child in children]
     if op == "/":
         if numbers[1] == 0:
             raise InputError("a division by zero has no answer; change the divisor")
         return numbers[0] / numbers[1]
+    if op == "^":
+        return numbers[0] ** 2
     return RULES[op](*numbers) if op != "*" else numbers[0] * numbers[1]
+
+
+def test_points(line):
+    """The (x, y) at which the steps of a line are compared.
+
+    Nine points prove it for all x and y: two steps differ by a polynomial of degree 2 or less in each letter, and one
+    that is 0 for three values of x and three of y is 0 everywhere.
+    """
+    return [(x, y) for x in range(3) for y in range(3)] if "x" in line or "y" in line else [(0, 0)]
 
 
 def is_true(line):
     """Is every step of a line equal to the problem? Exact, by Fraction; what cannot be read is not true.
 
-    >>> is_true("10/4=2+2/4=2+1/2"), is_true("10/4=2+2/4=3"), is_true("10/4=2+")
-    (True, False, False)
+    >>> is_true("10/4=2+2/4=2+1/2"), is_true("10/4=2+2/4=3"), is_true("10/4=2+"), is_true("2(x+1)-2x=2x+2-2x=2")
+    (True, False, False, True)
     """
     try:
-        return len({value(parse(step)) for step in line.split("=")}) == 1 and "=" in line
+        steps = [parse(step) for step in line.split("=")]
+        return len(steps) > 1 and all(len({value(step, x, y) for step in steps}) == 1 for x, y in test_points(line))
     except InputError:
         return False
 
 
 def is_simple(text):
-    """Is this an answer: a number, or a proper fraction or mixed number in lowest terms?
+    """Is this an answer: a number, a proper fraction or mixed number in lowest terms, or a sum of unlike terms?
 
     >>> [is_simple(text) for text in ("-17", "3+1/2", "-2/3", "3+2/4", "5/2", "1+2", "")]
     [True, True, True, False, False, False, False]
+    >>> [is_simple(text) for text in ("x^2-x-6", "10x-5y-4", "-y", "3-x", "1x", "x+0", "2x+3x")]
+    [True, True, True, False, False, False, False]
     """
     match = re.fullmatch("(?:-?[0-9]+|(?:-?[0-9]+[-+]|-?)([0-9]+)/([0-9]+))", text)
-    above, below = (int(group or 1) for group in match.groups()) if match else (1, 1)
-    return bool(match) and (match[1] is None or 0 < above < below and math.gcd(above, below) == 1)
+    if match:
+        above, below = int(match[1] or 1), int(match[2] or 2)
+        return 0 < above < below and math.gcd(above, below) == 1
+    many = "[2-9]|[1-9][0-9]+"                       # a factor before letters: 0 and 1 are not written
+    terms = "".join(f"([-+]({many})?{letters})?" for letters in (r"x\^2", "xy", r"y\^2", "x", "y")) + "([-+][1-9][0-9]*)?"
+    return text[:1] not in ("", "+") and bool(re.fullmatch(terms, text if text[0] == "-" else "+" + text))
 
 
 # Held out by construction. A problem is never trained on if a number computed from its text says so: the same on
@@ -709,30 +793,44 @@ def is_simple(text):
 def canonical(node):
     """One text for all problems that differ only in the order of terms or factors.
 
-    >>> canonical(parse("12+39*2")) == canonical(parse("2*39+12")), canonical(parse("-3+5")) == canonical(parse("5-3"))
+    >>> canonical(parse("12+39*2")) == canonical(parse("2*39+12")), canonical(parse("-3x+5")) == canonical(parse("5-3x"))
     (True, True)
     """
-    def collect(node, ops, sign="+"):                # flatten a chain of + and - (or of *) into signed parts
-        if isinstance(node, int):
-            return [(sign if node >= 0 or ops == "*" else flip[sign]) + str(node if ops == "*" else abs(node))]
-        op, *children = node
-        if op == "neg" and ops == "+-":
-            return collect(children[0], ops, flip[sign])
-        if op in ops:
-            return collect(children[0], ops, sign) + collect(children[1], ops, flip[sign] if op == "-" else sign)
-        return [sign + canonical(node)]
+    def signed(node):                                # (sign, text without it): all minus signs move to the front
+        if not isinstance(node, tuple):
+            return (-1, str(-node)) if isinstance(node, int) and node < 0 else (1, str(node))
+        op, left, right = (*node, None)[:3]
+        if op == "/":
+            (a, above), (b, below) = signed(left), signed(right)
+            return a * b, f"{above}/{below}"
+        parts = []
 
-    flip = {"+": "-", "-": "+"}
-    if isinstance(node, tuple) and node[0] == "/":
-        return f"{canonical(node[1])}/{canonical(node[2])}"
-    ops = "*" if isinstance(node, tuple) and node[0] == "*" else "+-"
-    return "(" + " ".join(sorted(collect(node, ops))) + ")"
+        def collect(node, sign, ops):                # flatten a chain of + and -, or of *
+            if not isinstance(node, tuple) or node[0] not in ops:
+                part = signed(node)
+                parts.append((part[1], sign * part[0]))
+            elif node[0] == "neg":
+                collect(node[1], -sign, ops)
+            else:
+                collect(node[1], sign, ops)
+                collect(node[1] if node[0] == "^" else node[2], -sign if node[0] == "-" else sign, ops)
+
+        if op in ("*", "^"):
+            collect(node, 1, ("*", "^"))
+            return math.prod(sign for _, sign in parts), f"({'*'.join(text for text, _ in sorted(parts))})"
+        collect(node, 1, ("+", "-", "neg"))
+        parts.sort()
+        sign = parts[0][1]
+        return sign, "(" + "".join("-+"[s == sign] + text for text, s in parts) + ")"
+
+    sign, text = signed(node)
+    return ("-" if sign < 0 else "") + text
 
 
 def is_held_out(problem):
     """Is this problem (text) kept for evaluation? One in ten is. Raises InputError if it cannot be read.
 
-    >>> is_held_out("12+39"), is_held_out("39+12"), is_held_out("12+45"), is_held_out("45+12")
+    >>> is_held_out("12+39"), is_held_out("39+12"), is_held_out("12+42"), is_held_out("42+12")
     (False, False, True, True)
     """
     return zlib.crc32(canonical(parse(problem)).encode("ascii")) % 10 == 0
@@ -768,9 +866,9 @@ def draw_product(rng, top):
 
 
 def draw_quotient(rng, top):
-    """Half come out even, the others do not, or only by chance; three in ten are proper fractions."""
+    """Many are proper fractions; half of the others come out even."""
     a, b = number(rng, rng.randint(1, top)), max(1, number(rng, rng.randint(1, 2)))
-    if rng.random() < 0.3:                           # short, so they cost little: half of them can be cancelled
+    if rng.random() < 0.45:                          # short, so they cost little: half of them can be cancelled
         common = rng.choice((1, rng.randint(2, 24)))
         b = common * rng.randint(2, max(2, 99 // common))
         return f"{rng.randrange(common, b, common)}/{b}" if b > common else "1/2"
@@ -808,6 +906,43 @@ def draw_expression(rng, top):
             return problem
 
 
+def draw_algebra(rng, top):
+    """Like terms, brackets to multiply out, products of two brackets; `top` signs between terms at most."""
+    def term(letters, largest=9):
+        return rng.choice((-1, 1)) * rng.randint(1, largest), letters
+
+    def bracket():                                   # (2x-1), (x+y), (5-3x)
+        pair = rng.choice((("x", ""), ("x", ""), ("y", ""), ("x", "y"), ("", "x"), ("y", "x")))
+        (n, first), second = map(term, pair)
+        return f"({join([(n if rng.random() < 0.1 else abs(n), first), second])})"
+
+    def like_terms():                                # 8x+3-5y+2x-7
+        letters = rng.choice((("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", ""), MONOMIALS))
+        terms = [term(rng.choice(letters), rng.choice((9, 9, 99))) for _ in range(rng.randint(2, top + 1))]
+        for i in range(1, len(terms)):
+            if rng.random() < 0.08:                  # cancels an earlier one
+                n, letters = rng.choice(terms[:i])
+                terms[i] = -n, letters
+        return join(terms)
+
+    def brackets():                                  # 3(2x-1)-2(x+4)-(x-2)+7
+        count = rng.randint(1, 3)
+        parts = [rng.choice("++-") + rng.choice(["", *"23456789"]) + bracket() for _ in range(count)]
+        if count < 3 and rng.random() < 0.3:
+            n, letters = term(rng.choice(("x", "y", "")))
+            parts.insert(rng.randint(0, count), "-+"[n > 0] + join([(abs(n), letters)]))
+        return "".join(parts).removeprefix("+")
+
+    def product():                                   # (x+2)(x-3), (2x-1)^2
+        return bracket() + ("^2" if rng.random() < 0.3 else bracket())
+
+    while True:
+        problem = rng.choices((like_terms, brackets, product), (4, 4, 3))[0]()
+        kind, size = kind_and_size(problem)
+        if kind == "algebra" and size <= top:
+            return problem
+
+
 @dataclasses.dataclass
 class Kind:
     draw: object        # draw(rng, top) -> problem
@@ -816,21 +951,24 @@ class Kind:
 
 
 KINDS = {
-    "add": Kind(draw_sum("+"), range(1, 11), 0.7),
+    "add": Kind(draw_sum("+"), range(1, 11), 0.6),
     "sub": Kind(draw_sum("-"), range(1, 11), 1.2),
     "mul": Kind(draw_product, range(1, 4), 0.9),
-    "div": Kind(draw_quotient, range(1, 6), 1.4),
+    "div": Kind(draw_quotient, range(1, 6), 1.8),
     "expr": Kind(draw_expression, range(2, 5), 2.0),
+    "algebra": Kind(draw_algebra, range(1, 6), 1.4),
 }
 
 
 def kind_and_size(problem):
-    """The kind of a problem, and its size: operators of an expression, else digits of the longest number.
+    """The kind of a problem, and its size: digits of the longest number, or how many operators are written.
 
-    >>> kind_and_size("123*45"), kind_and_size("1+2*3"), kind_and_size("-7")
-    (('mul', 3), ('expr', 2), ('expr', 0))
+    >>> kind_and_size("123*45"), kind_and_size("1+2*3"), kind_and_size("-7"), kind_and_size("2x+3x-1")
+    (('mul', 3), ('expr', 2), ('expr', 0), ('algebra', 2))
     """
-    ops = re.findall(r"(?<=[0-9)])[-+*/]", problem)
+    ops = re.findall("(?<=[0-9)xy])[-+*/]", problem)
+    if "x" in problem or "y" in problem:
+        return "algebra", len(ops)
     if len(ops) == 1 and re.fullmatch("-?[0-9]+[-+*/][0-9]+", problem):
         return {"+": "add", "-": "sub", "*": "mul", "/": "div"}[ops[0]], max(map(len, re.findall("[0-9]+", problem)))
     return "expr", len(ops)
@@ -889,41 +1027,45 @@ class ProblemStream(IterableDataset):
     """An endless stream of batches: x (B, T) long, y (B, T) long with -100 where nothing counts.
 
     Problems are drawn in pools, sorted by length and cut into batches of about config.batch_tokens, so that hardly
-    any padding is computed. Pool n depends on (seed, n, progress) alone, so a resumed run can start at any batch.
+    any padding is computed. A row is as long as the longest line of its batch, rounded up to a multiple of 4, and the
+    number of rows follows from that: PyTorch prepares its matrix products for each new shape, and a few dozen shapes
+    that come again and again are a quarter faster than a new one every time.
+    Pool n depends on (seed, n, progress) alone, so a resumed run can start at any batch.
 
     start: number of the first batch. progress: batch number -> the part of the run that is over, 0 to 1.
+    rank, world_size: of `world_size` processes that train together, this is number `rank`: each takes its own pools.
     """
 
-    def __init__(self, config, start=0, progress=None, pool_batches=64):
+    def __init__(self, config, start=0, progress=None, rank=0, world_size=1, pool_batches=64):
         self.config, self.start, self.pool_batches = config, start, pool_batches
+        self.rank, self.world_size = rank, world_size
         self.progress = progress or (lambda batch: batch / config.steps)
 
     def pool(self, n):
-        rng = random.Random(f"{self.config.seed}/{n}")
+        rng = random.Random(f"{self.config.seed}/{n * self.world_size + self.rank}")
         done = self.progress(n * self.pool_batches)
-        kinds, shares = list(KINDS), [kind.share for kind in KINDS.values()]
-        examples, n_tokens = [], 0
-        while n_tokens < self.pool_batches * self.config.batch_tokens:
+        kinds = self.config.kinds.split()
+        shares = [KINDS[kind].share for kind in kinds]
+        examples, n_tokens, size = [], 0, self.config.batch_tokens
+        while n_tokens < 1.05 * self.pool_batches * size:       # a little more than needed, as rows are rounded
             kind = rng.choices(kinds, shares)[0]
             problem = draw_problem(kind, rng, False, largest_size(kind, done, rng))
             examples.append(to_example(solve_by_rules(problem, self.config.working), self.config.ones_first))
             n_tokens += len(examples[-1][0])
-        examples.sort(key=lambda example: len(example[0]))
-        # as many batches in every pool, so that a batch number says which pool it is in
-        cuts, seen = [0], 0
-        for i, (x, _) in enumerate(examples):
-            seen += len(x)
-            if seen >= len(cuts) * n_tokens / self.pool_batches:
-                cuts.append(i + 1)
-        batches = [examples[a:b] for a, b in zip(cuts, cuts[1:])]
+        examples.sort(key=lambda example: len(example[0]), reverse=True)
+        batches = []
+        while examples:
+            T = math.ceil(len(examples[0][0]) / 4) * 4
+            n_rows = max(1, size // T)
+            batches.append((T, examples[:n_rows]))
+            examples = examples[n_rows:]
         rng.shuffle(batches)
-        return batches
+        return batches[:self.pool_batches]           # as many in every pool: a batch number says which pool it is in
 
     def __iter__(self):
         n, skip = divmod(self.start, self.pool_batches)
         while True:
-            for batch in self.pool(n)[skip:]:
-                T = max(len(x) for x, _ in batch)
+            for T, batch in self.pool(n)[skip:]:
                 yield (torch.tensor([x + [END] * (T - len(x)) for x, _ in batch]),
                        torch.tensor([y + [-100] * (T - len(y)) for _, y in batch]))
             n, skip = n + 1, 0
@@ -933,8 +1075,9 @@ class ProblemStream(IterableDataset):
 
 def loss_of(model, x, y):
     """Mean of -ln P(y) over the tokens that count: x, y (B, T) -> a scalar, in nats a token."""
-    logits = model(x)                                                                 # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)      # (B*T, V) against (B*T,)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):            # half the bits, on a GPU
+        logits = model(x)                                                             # (B, T, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-100)  # (B*T, V), (B*T,)
 
 
 def make_optimizers(model, config):
@@ -968,7 +1111,23 @@ def lr_factor(step, done, config):
 
 ######## Step 5-2: the training loop ##########################################################################
 
-def train(config, out, minutes=None, resume=None, device="cpu", report=print):
+# `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes with one model each. Both work on batches of their
+# own, the gradients are averaged after each backward pass (Li et al. 2020, "PyTorch Distributed"), so that all take the
+# same step and stay equal: one run with a larger batch.
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # which process, of how many
+
+
+def total(*numbers):
+    """The sums of numbers over all processes; for a single process, the numbers themselves."""
+    if WORLD_SIZE == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def train(config, out, minutes=None, resume=None, device="cpu", compile=False, report=print):
     """Train a model and return it. Saves to `out` at every tenth of the run and when Ctrl-C is pressed.
 
     minutes: how long to train; None trains for config.steps steps, which gives the same result every time.
@@ -991,27 +1150,37 @@ def train(config, out, minutes=None, resume=None, device="cpu", report=print):
             optimizer.load_state_dict(state)
         step, seconds, history = resume["step"], resume["seconds"], resume["history"]
 
+    forward = torch.compile(model) if compile else model
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=not config.place)
+
     def save():
         save_checkpoint(out, model, optimizers, step, seconds, history)
 
     def done():                                      # the part of the run that is over, 0 to 1
         return min(1.0, seconds / (60 * minutes) if minutes else step / config.steps)
 
-    monitor = Monitor(report)
+    monitor = Monitor(report, config.kinds.split()) if RANK == 0 else None
     stop = []                                        # Ctrl-C must not strike in the middle of an optimizer step
     previous = catch_interrupt(stop)
     progress = (lambda batch: done()) if minutes else None
-    batches = iter(DataLoader(ProblemStream(config, step, progress), batch_size=None))
+    batches = iter(DataLoader(ProblemStream(config, step, progress, RANK, WORLD_SIZE), batch_size=None))
     try:
-        while done() < 1 and not stop:
+        while done() < 1:
             began, before = time.perf_counter(), done()
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * lr_factor(step, done(), config)
             x, y = (tensor.to(device) for tensor in next(batches))                    # (B, T) each
+            n_counted = (y >= 0).sum().item()
+            all_counted, stops, clock = total(n_counted, len(stop), seconds)
+            seconds = clock / WORLD_SIZE             # one clock and one decision for all processes
+            if stops:
+                break
 
             # the five lines that are all of deep learning
-            loss = loss_of(model, x, y)
+            loss = loss_of(forward, x, y) * (n_counted * WORLD_SIZE / all_counted)    # a mean over all their tokens
             model.zero_grad(set_to_none=True)
             loss.backward()
             for optimizer in optimizers:
@@ -1022,6 +1191,8 @@ def train(config, out, minutes=None, resume=None, device="cpu", report=print):
                 raise InputError(f"the loss is {loss.item()} at step {step}: training stopped, {out} keeps the last "
                                  "good state; try a smaller --lr")
             seconds += time.perf_counter() - began
+            if RANK > 0:
+                continue                             # one process shows and saves
             monitor.progress(step, seconds, done(), loss.item(), x.numel())
             if int(100 * done()) > int(100 * before):
                 history.append(monitor.point(step, seconds))
@@ -1034,8 +1205,12 @@ def train(config, out, minutes=None, resume=None, device="cpu", report=print):
         torch.set_float32_matmul_precision(precision)
         if previous is not None:
             signal.signal(signal.SIGINT, previous)
-    if stop:
-        save()
+    stopped = total(len(stop))[0] > 0
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if stopped:
+        if RANK == 0:
+            save()
         raise KeyboardInterrupt
     return model.eval()
 
@@ -1055,11 +1230,11 @@ class Monitor:
 
     N_PROBLEMS = 100                                 # of each kind, at every row
 
-    def __init__(self, report):
+    def __init__(self, report, kinds):
         self.report, self.live = report, report is print and sys.stdout.isatty()
-        self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in KINDS}
+        self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in kinds}
         self.losses, self.tokens, self.began, self.shown = [], 0, time.perf_counter(), 0.0
-        report("    step   done     loss  tokens/s  minutes" + "".join(f"{kind:>7}" for kind in KINDS))
+        report("    step   done     loss  tokens/s  minutes" + "".join(f"{kind:>8}" for kind in kinds))
 
     def progress(self, step, seconds, done, loss, n_tokens):
         """Count a step; on a terminal, show the live line twice a second."""
@@ -1085,7 +1260,7 @@ class Monitor:
         if self.live:
             print("\r" + " " * 70 + "\r", end="")
         self.report(f"{point['step']:8d} {done:6.0%} {point['loss']:8.4f} {point['tokens_per_second']:9,.0f} "
-                    f"{point['seconds'] / 60:8.1f}" + "".join(f"{part:7.0%}" for part in exact.values()))
+                    f"{point['seconds'] / 60:8.1f}" + "".join(f"{part:8.0%}" for part in exact.values()))
         self.began = time.perf_counter()
         return exact
 
@@ -1115,8 +1290,15 @@ def plot(history, width=60, height=10):
 FORMAT = 1              # of the checkpoint file; a later program that writes it differently counts up
 
 
+def is_finite(weights):
+    """Are all of the weights (name -> tensor) numbers, neither infinite nor "not a number"?"""
+    return all(tensor.isfinite().all() for tensor in weights.values())
+
+
 def save_checkpoint(path, model, optimizers=(), step=0, seconds=0.0, history=()):
     """Write a checkpoint: beside it first, then renamed, so that `path` is always whole. Raises InputError."""
+    if not is_finite(model.state_dict()):
+        raise InputError(f"the weights are no longer numbers: {path} keeps the last good state; try a smaller --lr")
     checkpoint = {
         "format": FORMAT, "vocabulary": VOCAB, "config": dataclasses.asdict(model.config),
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
@@ -1143,13 +1325,15 @@ def read_checkpoint(path):
         raise InputError(f"there is no checkpoint {path}; make one with: python tinyllm.py train --out {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = (checkpoint["format"], checkpoint["vocabulary"])
-        Config(**checkpoint["config"])
+        known = (checkpoint["format"], checkpoint["vocabulary"]) == (FORMAT, VOCAB)
+        if known:
+            TinyLLM(Config(**checkpoint["config"])).load_state_dict(checkpoint["model"])
     except Exception as error:                       # a damaged file fails in a dozen ways inside torch.load
-        raise InputError(f"{path} is damaged or is no tinyllm checkpoint; train again, or give another "
-                         "--checkpoint") from error
-    if found != (FORMAT, VOCAB):
+        raise InputError(f"{path} is damaged or is no tinyllm checkpoint; train again, or give another file") from error
+    if not known:
         raise InputError(f"{path} was written by another version of tinyllm; train again with this one")
+    if not is_finite(checkpoint["model"]):
+        raise InputError(f"{path} holds weights that are not numbers; train again")
     return checkpoint
 
 
@@ -1157,13 +1341,8 @@ def load_checkpoint(path, device="cpu"):
     """Read a trained model: path -> TinyLLM, ready to answer. Raises InputError."""
     checkpoint = read_checkpoint(path)
     model = TinyLLM(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
     model.history = checkpoint["history"]            # of its training, for the page
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit its configuration; train again") from error
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise InputError(f"{path} holds weights that are not numbers; train again")
     return model.to(device).eval()
 
 
@@ -1174,7 +1353,7 @@ def held_out_problems(kind, count, seed=1, size=None, tries=200):
 
     >>> problems = held_out_problems("mul", 100, size=1)
     >>> len(problems), all(is_held_out(problem) for problem in problems)     # of 55 products up to 9*9
-    (7, True)
+    (6, True)
     """
     rng, found = random.Random(f"{seed}/{kind}/{size}"), {}
     for _ in range(count * tries):
@@ -1189,7 +1368,7 @@ def held_out_problems(kind, count, seed=1, size=None, tries=200):
 ######## Step 6-2: decoding and evaluation ####################################################################
 
 @torch.inference_mode()
-def generate(model, prompts, max_tokens=None):
+def generate(model, prompts, max_tokens=None, use_cache=True):
     """Greedy decoding: lists of ids -> lists of ids, each prompt continued with the likeliest token until END.
 
     All rows start at column 0. While a row is inside its prompt, its next token comes from there, after that from
@@ -1203,9 +1382,9 @@ def generate(model, prompts, max_tokens=None):
     n_given = torch.tensor([len(prompt) for prompt in prompts], device=device)        # (B,)
     ends = torch.full_like(n_given, limit)
     rows = torch.arange(len(prompts), device=device)                                  # those that still go on
-    cache = [[] for _ in model.blocks]
+    cache = [[] for _ in model.blocks] if use_cache else None
     for t in range(1, limit):
-        logits = model(ids[rows, :t], cache)                                          # (B, 1, V): the last column
+        logits = model(ids[rows, :t], cache)                                          # (B, 1 or t, V)
         chosen = torch.where(t < n_given[rows], ids[rows, t], logits[:, -1].argmax(-1))
         ids[rows, t] = chosen
         going = (chosen != END) | (t < n_given[rows])
@@ -1214,7 +1393,7 @@ def generate(model, prompts, max_tokens=None):
             break
         if not going.all():
             rows = rows[going]
-            cache = [[tensor[going] for tensor in layer] for layer in cache]
+            cache = cache and [[tensor[going] for tensor in layer] for layer in cache]
     return [row[:end] for row, end in zip(ids.tolist(), ends.tolist())]
 
 
@@ -1261,7 +1440,11 @@ def explain(line):
     for i, step in enumerate(steps, 1):
         if not is_true(f"{problem}={step}"):
             try:
-                return f"{line}: step {i}, {step}, is {value(parse(step))} and should be {value(parse(problem))}"
+                for x, y in test_points(line):
+                    found, wanted = value(parse(step), x, y), value(parse(problem), x, y)
+                    if found != wanted:
+                        at = f" for x = {x} and y = {y}" if len(test_points(line)) > 1 else ""
+                        return f"{line}: step {i}, {step}, is {found} and should be {wanted}{at}"
             except InputError as error:
                 return f"{line}: step {i} cannot be read, {error}"
     return f"{line}: every step is true, but the last one is not simple"
@@ -1297,13 +1480,16 @@ def table(results):
 
 CONSTRUCTS = {
     "number":   ("{}", "<mn>{}</mn>"),
+    "letter":   ("{}", "<mi>{}</mi>"),
     "+":        ("{}+{}", "<mrow>{}<mo>+</mo>{}</mrow>"),
     "-":        ("{}-{}", "<mrow>{}<mo>&#x2212;</mo>{}</mrow>"),
     "neg":      ("-{}", "<mrow><mo>&#x2212;</mo>{}</mrow>"),
     "*":        (r"{} \times {}", "<mrow>{}<mo>&#xD7;</mo>{}</mrow>"),
+    "side by side": ("{}{}", "<mrow>{}{}</mrow>"),
     "/":        (r"{} \div {}", "<mrow>{}<mo>&#xF7;</mo>{}</mrow>"),
     "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac>{}{}</mfrac>"),
-    "mixed":    ("{}{}", "<mrow>{}{}</mrow>"),
+    "mixed":    (r"{}\tfrac{{{}}}{{{}}}", "<mrow>{}<mfrac>{}{}</mfrac></mrow>"),
+    "^":        ("{}^{{{}}}", "<msup>{}{}</msup>"),
     "()":       ("({})", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),
     "tall":     (r"\left({}\right)", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),        # around a fraction
     "step":     ("{}&={}", "<mtr><mtd>{}</mtd><mtd><mo>=</mo></mtd><mtd>{}</mtd></mtr>"),
@@ -1318,48 +1504,45 @@ def write(language, construct, *parts):
 
 
 def typeset(text, language):
-    """A step, typeset: text -> LaTeX (language 0) or MathML (language 1). What cannot be read is set as it is.
+    """A step, typeset: text -> LaTeX (language 0) or MathML (language 1).
 
-    >>> print(typeset("-3-1/2", 0), typeset("70+(1831-1610)/23", 0), typeset("2*7/23", 0))
-    -3\\frac{1}{2} 70+(1831-1610) \\div 23 \\frac{2 \\times 7}{23}
-    >>> typeset("3/7", 1)
-    '<mfrac><mn>3</mn><mn>7</mn></mfrac>'
+    >>> print(typeset("-3-1/2", 0), typeset("70+(1831-1610)/23", 0), typeset("2x^2", 0))
+    -3\\tfrac{1}{2} 70+(1831-1610) \\div 23 2x^{2}
+    >>> typeset("2x^2", 1)
+    '<mrow><mn>2</mn><msup><mi>x</mi><mn>2</mn></msup></mrow>'
     """
-    def numbers(node):                               # the numbers of a product; none if it is not one
-        if isinstance(node, int):
-            return [node]
-        parts = [numbers(child) for child in node[1:]] if node[0] in ("*", "()") else [[]]
-        return sum(parts, []) if all(parts) else []
-
-    def is_fraction(node):                           # 221/23 is a division, 3/7 and 2*7/23 are fractions
-        above, below = map(numbers, node[1:]) if isinstance(node, tuple) and node[0] == "/" else ([], [])
-        return bool(above and below) and 0 < abs(math.prod(above)) < math.prod(below)
+    def is_fraction(node):                           # 221/23 is a division, 3/7 a fraction
+        return node[0] == "/" and all(isinstance(n, int) for n in node[1:]) and 0 < abs(node[1]) < node[2]
 
     def has_fraction(node):
         return isinstance(node, tuple) and (is_fraction(node) or any(map(has_fraction, node[1:])))
 
     def show(node):
+        if isinstance(node, str):
+            return write(language, "letter", node)
         if isinstance(node, int):
             return write(language, "number", node) if node >= 0 else write(language, "neg", show(-node))
         op, *children = node
         if is_fraction(node):
-            above, below = (child[1] if isinstance(child, tuple) and child[0] == "()" else child for child in children)
-            if isinstance(above, int) and above < 0:
-                return write(language, "neg", write(language, "fraction", show(-above), show(below)))
-            return write(language, "fraction", show(above), show(below))
-        if op in "+-" and isinstance(children[0], int) and is_fraction(children[1]):
-            whole, fraction = children[0], show(children[1])
-            if whole and (whole > 0) == (op == "+"):
-                mixed = write(language, "mixed", show(abs(whole)), fraction)
+            above, below = children
+            fraction = write(language, "fraction", show(abs(above)), show(below))
+            return fraction if above > 0 else write(language, "neg", fraction)
+        if op in "+-" and isinstance(children[1], tuple) and is_fraction(children[1]):
+            head, (_, above, below) = children
+            whole = head if isinstance(head, int) else 0
+            if whole and (whole > 0) == (op == "+") and above > 0:
+                mixed = write(language, "mixed", *map(show, (abs(whole), above, below)))
                 return mixed if whole > 0 else write(language, "neg", mixed)
         if op == "()" and has_fraction(node):
             op = "tall"
+        if op == "*" and degree(node):
+            op = "side by side"
         return write(language, op, *map(show, children))
 
     try:
         return show(parse(text, brackets=True))
     except InputError:
-        return write(language, "unread", html.escape(text))
+        return write(language, "unread", html.escape(text) if language else text.replace("^", r"\hat{\ }"))
 
 
 def typeset_line(line, language):
@@ -1373,12 +1556,11 @@ def typeset_line(line, language):
 def to_latex(line):
     r"""A line as an align* block of LaTeX. A step that cannot be read is set as plain text.
 
-    >>> print(to_latex("10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2"))
+    >>> print(to_latex("10/4=2+(10-8)/4=2+2/4=2+1/2"))
     \begin{align*}
     10 \div 4&=2+(10-8) \div 4 \\
-    &=2\frac{2}{4} \\
-    &=2\frac{2}{2 \times 2} \\
-    &=2\frac{1}{2}
+    &=2\tfrac{2}{4} \\
+    &=2\tfrac{1}{2}
     \end{align*}
     """
     return typeset_line(line, 0)
@@ -1387,8 +1569,8 @@ def to_latex(line):
 def to_mathml(line):
     """A line as a table of presentation MathML, a row a step.
 
-    >>> to_mathml("2*4=8")[22:76]
-    '<mtable><mtr><mtd><mrow><mn>2</mn><mo>&#xD7;</mo><mn>4'
+    >>> to_mathml("2+3=5")[22:74]
+    '<mtable><mtr><mtd><mrow><mn>2</mn><mo>+</mo><mn>3</m'
     """
     return typeset_line(line, 1)
 
@@ -1466,12 +1648,28 @@ def charts(history):
                         {f"{n}%": n / 100 for n in range(0, 101, 20)})
 
 
-def reply_to(model, text, lock):
+class Waiting:
+    """Problems of several threads, decoded one batch at a time: those that come meanwhile wait, and are the next batch."""
+
+    def __init__(self, model):
+        self.model, self.lock, self.queue = model, threading.Lock(), []
+
+    def ask(self, problem):
+        """Returns the line and what watch says of it."""
+        mine = {"problem": problem}
+        self.queue.append(mine)
+        with self.lock:
+            if "line" not in mine:                   # nobody has done it for us while we waited: do all that wait
+                batch = [self.queue.pop(0) for _ in range(len(self.queue))]
+                for one, line in zip(batch, solve(self.model, [one["problem"] for one in batch])):
+                    one["line"] = line
+            return mine["line"], watch(self.model, mine["line"])
+
+
+def reply_to(model, text, waiting):
     """What the page shows for a problem, as a dict for JSON. Raises InputError."""
     problem = prepare(text, model)
-    with lock:                                       # one batch at a time
-        line = solve(model, [problem])[0]
-        read, weights, logits = watch(model, line)
+    line, (read, weights, logits) = waiting.ask(problem)
     start, (answer, _) = read.index("=") + 1, check(line)
     likeliest = logits.softmax(-1).topk(3)
     spans = [match.span() for match in re.finditer("[0-9]+", line)] if model.config.ones_first else []
@@ -1481,7 +1679,7 @@ def reply_to(model, text, lock):
     return {
         "line": line, "problem": typeset(problem, 1), "right": answer, "latex": to_latex(line), "place": place,
         "steps": [{"mathml": typeset(step, 1), "true": is_true(f"{problem}={step}")} for step in line.split("=")[1:]],
-        "note": "This problem is outside the range that the model was trained on." if outside(problem) else "",
+        "note": "This problem is outside the range that the model was trained on." if outside(problem, model.config) else "",
         "start": start,
         # for each character written, for each layer and head: a digit 0 to 9 for the weight of each earlier character
         "weights": [[["".join(map(str, levels(head[t - 1, :t]))) for head in layer]
@@ -1497,7 +1695,7 @@ def make_server(model, history, host="127.0.0.1", port=8000):
     It answers GET / with the page and POST /solve {"problem": text} with JSON, nothing else. It refuses requests that a
     page from elsewhere has sent (Origin), or that came by a name that is not ours (Host; "DNS rebinding").
     """
-    lock, figure = threading.Lock(), charts(history)
+    waiting, figure = Waiting(model), charts(history)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 10                                 # seconds that a client may stall
@@ -1567,7 +1765,7 @@ def make_server(model, history, host="127.0.0.1", port=8000):
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 return self.send_error(400, 'the request is not of the form {"problem": "12*34"}')
             try:
-                reply = {"problem": typeset(prepare(text, model), 1)} if preview else reply_to(model, text, lock)
+                reply = {"problem": typeset(prepare(text, model), 1)} if preview else reply_to(model, text, waiting)
             except InputError as error:
                 return self.send_error(422, str(error))
             self.send(200, "application/json", json.dumps(reply))
@@ -1596,23 +1794,28 @@ def prepare(text, model):
     if len(problem) > room:
         raise InputError(f"the problem has {len(problem)} characters, the model has room for {room}; "
                          "write it in several parts")
-    value(parse(problem))                            # raises for a missing bracket or a division by zero
+    node = parse(problem)
+    value(node)                                      # raises for a missing bracket or a division by zero
+    if re.search(r"[xy]|[0-9)]\(", problem):         # 2*x and x*2 are asked as 2x, 2(3+4) as 2*(3+4)
+        problem = to_text(node)
     return problem
 
 
-def outside(problem):
-    """Is this problem larger than those that the model was trained on?
+def outside(problem, config):
+    """Is this problem larger than those that the model was trained on, or of another kind?
 
-    >>> outside("12*34"), outside("1234*5678"), outside("1+2+3+4+5+6")
-    (False, True, True)
+    >>> [outside(problem, Config()) for problem in ("12*34", "1234*5678", "1+2+3+4+5+6", "123x+4x")]
+    [False, True, True, True]
     """
     kind, size = kind_and_size(problem)
-    longest = max(map(len, re.findall("[0-9]+", problem)))
-    return size > KINDS[kind].sizes[-1] or (kind == "expr" and longest > 4) or \
+    if kind not in config.kinds.split():
+        return True
+    longest = max(map(len, re.findall("[0-9]+", problem)), default=0)
+    return size > KINDS[kind].sizes[-1] or longest > {"expr": 4, "algebra": 2}.get(kind, 99) or \
         (kind == "div" and len(problem.split("/")[1]) > 2)
 
 
-def show(line):
+def show(line, config):
     """A line as a notebook shows it, a step a line, with the exact check of each step."""
     problem, *steps = line.split("=")
     width = max(map(len, steps), default=0)
@@ -1621,7 +1824,7 @@ def show(line):
         print(f"{problem if i == 0 else '':{len(problem)}} = {step:{width}}   check: {verdict}")
     if steps and not is_simple(steps[-1]):
         print("check: the last step is not simple, so this is NOT AN ANSWER")
-    if outside(problem):
+    if outside(problem, config):
         print("note: this problem is outside the range that the model was trained on")
 
 
@@ -1633,6 +1836,8 @@ def command_train(args):
         if extra:
             raise InputError(f"--resume goes on with the run as it was: leave out --{min(extra)}")
         chosen = {**resume["config"], **chosen}
+    elif RANK > 0:
+        pass                                         # process 0 looks after the file
     elif os.path.isdir(args.out):
         raise InputError(f"--out {args.out} is a folder; give it the name of a file")
     elif os.path.exists(args.out) and not args.force:
@@ -1643,20 +1848,24 @@ def command_train(args):
     device = pick_device(args.device)
     torch.manual_seed(config.seed)
     model = TinyLLM(config).to(device).eval()
+    if RANK > 0:
+        train(config, args.out, args.minutes, resume, device, args.compile)
+        return 0
     if not resume:
         save_checkpoint(args.out, model)             # now, not in ten minutes, is the time to learn that it fails
         print("Before training, the model answers:")
-        for kind in KINDS:
+        for kind in config.kinds.split():
             problem = held_out_problems(kind, 1)[0]
             written = decode(generate(model, [encode(problem + "=", config.ones_first)], len(problem) + 12)[0])
             print("   ", written.replace("\n", " "))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, {torch.get_num_threads()} threads, "
+          + (f"{WORLD_SIZE} processes, " if WORLD_SIZE > 1 else "")
           + (f"{args.minutes:g} minutes" if args.minutes else f"{config.steps:,} steps")
           + f", seed {config.seed}, torch {torch.__version__}", flush=True)
     began = time.perf_counter()
-    model = train(config, args.out, args.minutes, resume, device, report=print)
+    model = train(config, args.out, args.minutes, resume, device, args.compile)
     print(f"Trained in {(time.perf_counter() - began) / 60:.1f} minutes, saved as {args.out}. On held-out problems:")
-    print(table({kind: evaluate(model, held_out_problems(kind, 500, seed=2)) for kind in KINDS}))
+    print(table({kind: evaluate(model, held_out_problems(kind, 500, seed=2)) for kind in config.kinds.split()}))
     print("The loss, from start to end:")
     print(plot(read_checkpoint(args.out)["history"]))
     given = "" if args.out == "tinyllm.pt" else f" --checkpoint {args.out}"
@@ -1668,17 +1877,29 @@ def command_eval(args):
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
     if args.problems < 1:
         raise InputError("--problems must be at least 1")
-    results = {kind: evaluate(model, held_out_problems(kind, args.problems)) for kind in KINDS}
+    kinds = model.config.kinds.split()
+    results = {kind: evaluate(model, held_out_problems(kind, args.problems)) for kind in kinds}
     print(f"Held-out problems, greedy decoding, {args.checkpoint}:")
     print(table(results))
     by_size = {}
-    for kind in KINDS:
+    for kind in kinds:
         top = KINDS[kind].sizes[-1]
         for size in [*KINDS[kind].sizes, top + 1]:
             name = f"{kind} {size}" + ("*" if size > top else "")
             by_size[name] = evaluate(model, held_out_problems(kind, max(1, args.problems // 5), size=size))
     print("By size: digits of the longest number, or operators. * is one size past what was trained on:")
     print(table(by_size))
+    if args.beyond:
+        beyond = {}
+        for kind, sizes in (("add", range(11, 21)), ("sub", range(11, 21)), ("mul", [4]), ("expr", [5, 6]), ("algebra", [6, 7])):
+            for size in sizes:
+                problems = held_out_problems(kind, 2 * max(1, args.problems // 5), size=size)
+                if kind == "mul":                    # 4 x 4 digits, not 4 x 1
+                    problems = [problem for problem in problems if len(problem) == 9]
+                beyond[f"{kind} {size}"] = evaluate(model, problems[:max(1, args.problems // 5)])
+        print("Beyond what it was trained on:")
+        print(table(beyond))
+        by_size.update({name + "*": result for name, result in beyond.items()})
     pairs = {}
     if args.pairs:
         asked = [f"{a}{op}{b}" for op in "+-*/" for a in range(100) for b in range(100) if (op, b) != ("/", 0)]
@@ -1704,14 +1925,20 @@ def command_eval(args):
 
 def command_ask(args):
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.plain and args.latex:
+        raise InputError("--plain writes the bare lines: leave out --latex, or --plain")
     if args.plain:
         return ask_plain(model, args.problems or sys.stdin)
+
+    def answer(line):
+        if args.latex:
+            print(to_latex(line))
+        else:
+            show(line, model.config)
+
     if args.problems:
         for line in solve(model, [prepare(text, model) for text in args.problems]):
-            if args.latex:
-                print(to_latex(line))
-            else:
-                show(line)
+            answer(line)
         return 0
     while True:                                      # a small prompt loop; an empty line or Ctrl-D ends it
         try:
@@ -1721,7 +1948,7 @@ def command_ask(args):
         if not text.strip():
             return 0
         try:
-            show(solve(model, [prepare(text, model)])[0])
+            answer(solve(model, [prepare(text, model)])[0])
         except InputError as error:
             print(f"error: {error}")
 
@@ -1770,6 +1997,58 @@ def command_serve(args):
     return 0
 
 
+def command_bench(args):
+    """How fast is this machine, and how much of that does the training use?"""
+    device = pick_device(args.device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            cpu = re.search("model name[^:]*: *(.*)", file.read())[1]
+    except (OSError, TypeError):                     # not Linux, or a processor without a name
+        cpu = platform.processor() or platform.machine()
+    if not 0 < args.seconds < float("inf"):
+        raise InputError(f"--seconds {args.seconds} must be more than 0")
+    print(f"machine            {torch.cuda.get_device_name() if device == 'cuda' else cpu}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
+
+    def seconds(work, at_least):                     # of one call, when called for a while
+        work()
+        began, calls = time.perf_counter(), 0
+        while time.perf_counter() - began < at_least or calls == 0:
+            work()
+            calls += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / calls
+
+    n = 1024
+    matrix = torch.rand(n, n, device=device)
+    rate = 2 * n ** 3 / seconds(lambda: matrix @ matrix, 2.0)                         # n*n times n products and n sums
+    print(f"float32 product    {rate / 1e9:,.0f} GFLOP/s, matrices of {n} x {n}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "bench.pt")
+        model = train(Config(), path, minutes=args.seconds / 60, device=device, report=lambda text: None)
+        speeds = sorted(point["tokens_per_second"] for point in read_checkpoint(path)["history"])
+    speed, n_parameters = speeds[len(speeds) // 2], sum(p.numel() for p in model.parameters())
+    # Forward, each parameter is multiplied once and added once for each token: 2. Backward it is twice that, for the
+    # gradient of the input and of the parameter: 6 in all. Attention and the optimizers come on top, uncounted.
+    print(f"training           {speed:,.0f} tokens/s; 6 x {n_parameters:,} parameters x tokens = "
+          f"{6 * n_parameters * speed / rate:.0%} of that rate")
+
+    prompts = [encode(problem + "=") for problem in held_out_problems("expr", 200)]
+    for name, use_cache in (("with", True), ("without", False)):
+        took = seconds(lambda: generate(model, prompts, 64, use_cache), 1.0)
+        print(f"decoding           {len(prompts) / took:,.0f} problems/s {name} the key/value cache, 64 tokens each")
+    try:
+        import resource                              # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        peak = None
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak
+    print(f"peak memory        {f'{peak / 2 ** 20:,.0f} MiB' if peak else 'not known on this system'}")
+    return 0
+
+
 def command_data(args):
     rng = random.Random(args.seed)
     for _ in range(args.count):
@@ -1784,6 +2063,8 @@ def pick_device(name):
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
     if not there[name]:
         raise InputError(f"--device {name}: there is no such device here; use --device cpu")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))                   # a GPU for each process
     return name
 
 
@@ -1794,7 +2075,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic and writes its working.")
-    commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | look | serve | data")
+    commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | look | serve | bench | data")
 
     def command(name, function, help):
         sub = commands.add_parser(name, help=help, description=help,
@@ -1809,6 +2090,7 @@ def make_parser():
     sub.add_argument("--out", default="tinyllm.pt", help="checkpoint to write")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
     sub.add_argument("--force", action="store_true", help="replace --out if it exists")
+    sub.add_argument("--compile", action="store_true", help="let torch.compile make it faster (needs a C++ compiler)")
     for field in dataclasses.fields(Config):         # SUPPRESS: only flags that were given reach command_train
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         text = field.metadata["help"] + f" (default: {field.default})"
@@ -1818,6 +2100,7 @@ def make_parser():
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to measure")
     sub.add_argument("--problems", type=int, default=1000, help="held-out problems of each kind")
     sub.add_argument("--pairs", action="store_true", help="also ask all 39,900 problems with two numbers below 100")
+    sub.add_argument("--beyond", action="store_true", help="also ask problems much larger than those of the training")
     sub.add_argument("--target", type=float, help="exit with status 1 if a kind has a smaller part of answers right")
     sub.add_argument("--json", help="file to write everything to, as JSON")
 
@@ -1838,6 +2121,9 @@ def make_parser():
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on")
     sub.add_argument("--open", action="store_true", help="open the page in the browser")
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to talk to")
+
+    sub = command("bench", command_bench, "measure this machine: training and decoding speed, memory")
+    sub.add_argument("--seconds", type=float, default=15.0, help="how long to train")
 
     sub = command("data", command_data, "print examples of the data")
     sub.add_argument("--kind", choices=list(KINDS), help="kind of problem; none: all of them")
@@ -2041,7 +2327,7 @@ function fromAddress() {
   if (problem) { input.value = problem; ask(problem, false); }
 }
 window.onpopstate = fromAddress;
-["(12+3)*4-6", "345*27", "1831/23", "48213-51786", "10/4", "-(3+4)*2"].forEach(problem => button($("examples"), problem));
+["(12+3)*4-6", "345*27", "1831/23", "48213-51786", "10/4", "3(2x-1)-2(x+4)", "(x+2)(x-3)"].forEach(problem => button($("examples"), problem));
 fromAddress();
 </script>
 </body>

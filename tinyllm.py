@@ -15,6 +15,7 @@ be checked exactly - when the training data are made, and again after the model 
     python tinyllm.py look "12+39"         see which characters it looked at while it wrote
     python tinyllm.py serve                the same in a browser
     python tinyllm.py data --kind mul      look at what it learns from
+    python tinyllm.py bench                how fast is this machine?
 
 The map of this file, which is also a plan for learning the subject:
 
@@ -62,6 +63,7 @@ import unicodedata
 import warnings
 import webbrowser
 import zlib
+from collections import Counter
 from fractions import Fraction
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # NumPy is welcome, not needed
@@ -547,7 +549,7 @@ def degree(node):
     return sum(degrees) if node[0] == "*" else max(degrees)
 
 
-STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 3}      # the stronger operator binds first
+STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "factors": 2, "fraction": 2, "^": 3}      # the stronger operator binds first
 
 
 def to_text(node, first=True, spare=lambda: False):
@@ -563,6 +565,11 @@ def to_text(node, first=True, spare=lambda: False):
         return node
     if isinstance(node, int):
         return str(node) if first or node >= 0 else f"({node})"
+    if node[0] in ("factors", "fraction"):           # 2*2*3/(3*7), 4/7: see divide
+        _, sign, above, below = node
+        text = ("-" if sign < 0 else "") + "*".join(map(str, above or [1])) + "/"
+        text += str(below[0]) if len(below) == 1 else f"({'*'.join(map(str, below))})"
+        return text if first or sign > 0 else f"({text})"
     op, left, right = (*node, None)[:3]
 
     def side(child, first, weakest):
@@ -609,11 +616,36 @@ def multiply(a, b):
     return functools.reduce(lambda total, product: ("+", total, product), products)
 
 
+def prime_factors(n):
+    """84 -> [2, 2, 3, 7], 1 -> []."""
+    factors, p = [], 2
+    while n > 1:
+        if n % p:
+            p += 1
+        else:
+            factors.append(p)
+            n //= p
+    return factors
+
+
+def cancel(sign, above, below):
+    """Cancel what two lists of primes have in common; multiply out where nothing is, or little is left.
+
+    >>> [to_text(cancel(1, *lists)) for lists in (([2, 7], [23]), ([2, 2, 3], [2, 3, 3]), ([2, 2, 2, 3], [2, 3, 3]))]
+    ['14/23', '2/3', '2*2/3']
+    """
+    common = Counter(above) & Counter(below)
+    above, below = (sorted((Counter(side) - common).elements()) for side in (above, below))
+    if common and (len(above) > 1 or len(below) > 1):
+        return ("factors", sign, above, below)
+    return ("fraction", sign, [math.prod(above)], [math.prod(below)])
+
+
 def divide(a, b):
-    """Take off a multiple of the divisor, "digit x power of ten"; a proper fraction is brought to lowest terms.
+    """Take off a multiple of the divisor, "digit x power of ten"; a proper fraction is taken apart into primes.
 
     >>> [to_text(divide(*pair)) for pair in ((56, 7), (534, 7), (1831, 23), (23, 23), (12, 18), (3, 7))]
-    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2/3', '3/7']
+    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2*2*3/(2*3*3)', '3/7']
     """
     if b < 0:
         return ("/", -a, -b)
@@ -621,7 +653,8 @@ def divide(a, b):
     if a == 0:
         return 0
     if a < b:
-        return ("/", sign * a // math.gcd(a, b), b // math.gcd(a, b))
+        above, below = prime_factors(a), prime_factors(b)
+        return ("factors", sign, above, below) if len(above) > 1 or len(below) > 1 else ("fraction", sign, [a], [b])
     if a == b or b == 1:
         return sign * a // b
     # From 20 on nobody knows the tables. A pupil rounds up, 23 to 25, and takes a digit that is sure to fit.
@@ -641,12 +674,15 @@ def rewrite(node):
 
     >>> node = parse("(12+3)*4-6-15/18")
     >>> while rewrite(node) != node: node = rewrite(node); print(to_text(node))
-    15*4-6-5/6
-    60-6-5/6
+    15*4-6-3*5/(2*3*3)
+    60-6-5/(2*3)
     54-5/6
     """
-    if isinstance(node, int):
-        return node
+    match node:
+        case int() | ("fraction", *_):
+            return node
+        case ("factors", sign, above, below):
+            return cancel(sign, above, below)
     op, *old = node
     if all(isinstance(child, int) for child in old):
         return RULES[op](*old)
@@ -722,7 +758,7 @@ def solve_by_rules(problem, working=True):
     >>> for p in ("345*27", "162/7", "36/84", "(36/9)-31", "(x+2)(x-3)"): print(solve_by_rules(p))
     345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
     162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7
-    36/84=3/7
+    36/84=2*2*3*3/(2*2*3*7)=3/7
     (36/9)-31=4-31=-27
     (x+2)(x-3)=x^2-3x+2x-6=x^2-x-6
     """
@@ -730,7 +766,8 @@ def solve_by_rules(problem, working=True):
     steps = [rule(parse(problem))]
     while (node := rule(steps[-1])) != steps[-1]:
         steps.append(node)
-    return "=".join([problem, *map(to_text, steps if working else steps[-1:])])
+    texts = [text for text, _ in itertools.groupby(map(to_text, steps))]              # 1/2 is the same when done
+    return "=".join([problem, *(texts if working else texts[-1:])])
 
 
 def value(node, x=0, y=0):
@@ -866,9 +903,9 @@ def draw_product(rng, top):
 
 
 def draw_quotient(rng, top):
-    """Many are proper fractions; half of the others come out even."""
+    """Half come out even, the others do not, or only by chance; three in ten are proper fractions."""
     a, b = number(rng, rng.randint(1, top)), max(1, number(rng, rng.randint(1, 2)))
-    if rng.random() < 0.45:                          # short, so they cost little: half of them can be cancelled
+    if rng.random() < 0.3:                           # short, so they cost little: half of them can be cancelled
         common = rng.choice((1, rng.randint(2, 24)))
         b = common * rng.randint(2, max(2, 99 // common))
         return f"{rng.randrange(common, b, common)}/{b}" if b > common else "1/2"
@@ -952,11 +989,11 @@ class Kind:
 
 KINDS = {
     "add": Kind(draw_sum("+"), range(1, 11), 0.6),
-    "sub": Kind(draw_sum("-"), range(1, 11), 1.2),
-    "mul": Kind(draw_product, range(1, 4), 0.9),
-    "div": Kind(draw_quotient, range(1, 6), 1.8),
-    "expr": Kind(draw_expression, range(2, 5), 2.0),
-    "algebra": Kind(draw_algebra, range(1, 6), 1.4),
+    "sub": Kind(draw_sum("-"), range(1, 11), 1.1),
+    "mul": Kind(draw_product, range(1, 4), 0.8),
+    "div": Kind(draw_quotient, range(1, 6), 1.6),
+    "expr": Kind(draw_expression, range(2, 5), 2.2),
+    "algebra": Kind(draw_algebra, range(1, 6), 1.8),
 }
 
 
@@ -1111,22 +1148,6 @@ def lr_factor(step, done, config):
 
 ######## Step 5-2: the training loop ##########################################################################
 
-# `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes with one model each. Both work on batches of their
-# own, the gradients are averaged after each backward pass (Li et al. 2020, "PyTorch Distributed"), so that all take the
-# same step and stay equal: one run with a larger batch.
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # which process, of how many
-
-
-def total(*numbers):
-    """The sums of numbers over all processes; for a single process, the numbers themselves."""
-    if WORLD_SIZE == 1:
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
 def train(config, out, minutes=None, resume=None, device="cpu", compile=False, report=print):
     """Train a model and return it. Saves to `out` at every tenth of the run and when Ctrl-C is pressed.
 
@@ -1167,17 +1188,18 @@ def train(config, out, minutes=None, resume=None, device="cpu", compile=False, r
     progress = (lambda batch: done()) if minutes else None
     batches = iter(DataLoader(ProblemStream(config, step, progress, RANK, WORLD_SIZE), batch_size=None))
     try:
-        while done() < 1:
-            began, before = time.perf_counter(), done()
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * lr_factor(step, done(), config)
+        while True:
+            began = time.perf_counter()
             x, y = (tensor.to(device) for tensor in next(batches))                    # (B, T) each
             n_counted = (y >= 0).sum().item()
             all_counted, stops, clock = total(n_counted, len(stop), seconds)
             seconds = clock / WORLD_SIZE             # one clock and one decision for all processes
-            if stops:
+            before = done()
+            if stops or before == 1:
                 break
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_factor(step, before, config)
 
             # the five lines that are all of deep learning
             loss = loss_of(forward, x, y) * (n_counted * WORLD_SIZE / all_counted)    # a mean over all their tokens
@@ -1221,6 +1243,22 @@ def catch_interrupt(stop):
         return signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     except ValueError:
         return None
+
+
+# On several GPUs or machines: `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes with one model each.
+# Both work on batches of their own, the gradients are averaged after each backward pass (Li et al. 2020, "PyTorch
+# Distributed"), so that all take the same step and stay equal: one run with a larger batch.
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # which process, of how many
+
+
+def total(*numbers):
+    """The sums of numbers over all processes; for a single process, the numbers themselves."""
+    if WORLD_SIZE == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 ######## Step 5-3: monitoring #################################################################################
@@ -1488,7 +1526,7 @@ CONSTRUCTS = {
     "side by side": ("{}{}", "<mrow>{}{}</mrow>"),
     "/":        (r"{} \div {}", "<mrow>{}<mo>&#xF7;</mo>{}</mrow>"),
     "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac>{}{}</mfrac>"),
-    "mixed":    (r"{}\tfrac{{{}}}{{{}}}", "<mrow>{}<mfrac>{}{}</mfrac></mrow>"),
+    "mixed":    ("{}{}", "<mrow>{}{}</mrow>"),
     "^":        ("{}^{{{}}}", "<msup>{}{}</msup>"),
     "()":       ("({})", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),
     "tall":     (r"\left({}\right)", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),        # around a fraction
@@ -1506,13 +1544,20 @@ def write(language, construct, *parts):
 def typeset(text, language):
     """A step, typeset: text -> LaTeX (language 0) or MathML (language 1).
 
-    >>> print(typeset("-3-1/2", 0), typeset("70+(1831-1610)/23", 0), typeset("2x^2", 0))
-    -3\\tfrac{1}{2} 70+(1831-1610) \\div 23 2x^{2}
+    >>> print(typeset("-3-1/2", 0), typeset("70+(1831-1610)/23", 0), typeset("2*7/23", 0), typeset("2x^2", 0))
+    -3\\frac{1}{2} 70+(1831-1610) \\div 23 \\frac{2 \\times 7}{23} 2x^{2}
     >>> typeset("2x^2", 1)
     '<mrow><mn>2</mn><msup><mi>x</mi><mn>2</mn></msup></mrow>'
     """
-    def is_fraction(node):                           # 221/23 is a division, 3/7 a fraction
-        return node[0] == "/" and all(isinstance(n, int) for n in node[1:]) and 0 < abs(node[1]) < node[2]
+    def numbers(node):                               # the numbers of a product; none if it is not one
+        if isinstance(node, int):
+            return [node]
+        parts = [numbers(child) for child in node[1:]] if node[0] in ("*", "()") else [[]]
+        return sum(parts, []) if all(parts) else []
+
+    def is_fraction(node):                           # 221/23 is a division, 3/7 and 2*7/23 are fractions
+        above, below = map(numbers, node[1:]) if isinstance(node, tuple) and node[0] == "/" else ([], [])
+        return bool(above and below) and 0 < abs(math.prod(above)) < math.prod(below)
 
     def has_fraction(node):
         return isinstance(node, tuple) and (is_fraction(node) or any(map(has_fraction, node[1:])))
@@ -1524,14 +1569,14 @@ def typeset(text, language):
             return write(language, "number", node) if node >= 0 else write(language, "neg", show(-node))
         op, *children = node
         if is_fraction(node):
-            above, below = children
-            fraction = write(language, "fraction", show(abs(above)), show(below))
-            return fraction if above > 0 else write(language, "neg", fraction)
-        if op in "+-" and isinstance(children[1], tuple) and is_fraction(children[1]):
-            head, (_, above, below) = children
-            whole = head if isinstance(head, int) else 0
-            if whole and (whole > 0) == (op == "+") and above > 0:
-                mixed = write(language, "mixed", *map(show, (abs(whole), above, below)))
+            above, below = (child[1] if isinstance(child, tuple) and child[0] == "()" else child for child in children)
+            if isinstance(above, int) and above < 0:
+                return write(language, "neg", write(language, "fraction", show(-above), show(below)))
+            return write(language, "fraction", show(above), show(below))
+        if op in "+-" and isinstance(children[0], int) and is_fraction(children[1]):
+            whole, fraction = children[0], show(children[1])
+            if whole and (whole > 0) == (op == "+"):
+                mixed = write(language, "mixed", show(abs(whole)), fraction)
                 return mixed if whole > 0 else write(language, "neg", mixed)
         if op == "()" and has_fraction(node):
             op = "tall"
@@ -1556,11 +1601,12 @@ def typeset_line(line, language):
 def to_latex(line):
     r"""A line as an align* block of LaTeX. A step that cannot be read is set as plain text.
 
-    >>> print(to_latex("10/4=2+(10-8)/4=2+2/4=2+1/2"))
+    >>> print(to_latex("10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2"))
     \begin{align*}
     10 \div 4&=2+(10-8) \div 4 \\
-    &=2\tfrac{2}{4} \\
-    &=2\tfrac{1}{2}
+    &=2\frac{2}{4} \\
+    &=2\frac{2}{2 \times 2} \\
+    &=2\frac{1}{2}
     \end{align*}
     """
     return typeset_line(line, 0)
@@ -1829,6 +1875,7 @@ def show(line, config):
 
 
 def command_train(args):
+    """Train a model from scratch."""
     chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args}
     resume = read_checkpoint(args.out) if args.resume else None
     if resume:
@@ -1874,6 +1921,7 @@ def command_train(args):
 
 
 def command_eval(args):
+    """Measure a model on held-out problems."""
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
     if args.problems < 1:
         raise InputError("--problems must be at least 1")
@@ -1924,6 +1972,7 @@ def command_eval(args):
 
 
 def command_ask(args):
+    """Ask the model."""
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
     if args.plain and args.latex:
         raise InputError("--plain writes the bare lines: leave out --latex, or --plain")
@@ -1972,6 +2021,7 @@ def ask_plain(model, texts, batch_size=1000):
 
 
 def command_look(args):
+    """See what the model looked at while it wrote."""
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
     line = solve(model, [prepare(args.problem, model)])[0]
     chosen = f"layer {args.layer or 'any'}, head {args.head or 'any'}, the largest weight"
@@ -1981,6 +2031,7 @@ def command_look(args):
 
 
 def command_serve(args):
+    """A page in the browser to talk to the model."""
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
     server = make_server(model, model.history, args.host, args.port)
     address = f"http://{args.host}:{server.server_port}/"
@@ -1998,7 +2049,7 @@ def command_serve(args):
 
 
 def command_bench(args):
-    """How fast is this machine, and how much of that does the training use?"""
+    """Measure this machine: training and decoding speed, memory."""
     device = pick_device(args.device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -2050,6 +2101,7 @@ def command_bench(args):
 
 
 def command_data(args):
+    """Print examples of the data."""
     rng = random.Random(args.seed)
     for _ in range(args.count):
         kind = args.kind or rng.choice(list(KINDS))
@@ -2077,15 +2129,15 @@ def make_parser():
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic and writes its working.")
     commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | look | serve | bench | data")
 
-    def command(name, function, help):
-        sub = commands.add_parser(name, help=help, description=help,
+    def command(name, function):
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(function=function)
         if name != "data":
             sub.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
         return sub
 
-    sub = command("train", command_train, "train a model from scratch")
+    sub = command("train", command_train)
     sub.add_argument("--minutes", type=float, help="train for a given time instead of a number of steps")
     sub.add_argument("--out", default="tinyllm.pt", help="checkpoint to write")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -2096,7 +2148,7 @@ def make_parser():
         text = field.metadata["help"] + f" (default: {field.default})"
         sub.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
 
-    sub = command("eval", command_eval, "measure a model on held-out problems")
+    sub = command("eval", command_eval)
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to measure")
     sub.add_argument("--problems", type=int, default=1000, help="held-out problems of each kind")
     sub.add_argument("--pairs", action="store_true", help="also ask all 39,900 problems with two numbers below 100")
@@ -2104,28 +2156,28 @@ def make_parser():
     sub.add_argument("--target", type=float, help="exit with status 1 if a kind has a smaller part of answers right")
     sub.add_argument("--json", help="file to write everything to, as JSON")
 
-    sub = command("ask", command_ask, "ask the model")
+    sub = command("ask", command_ask)
     sub.add_argument("problems", nargs="*", help='such as "12*34"; none: a prompt')
     sub.add_argument("--plain", action="store_true", help="one line in (standard input), one full line out")
     sub.add_argument("--latex", action="store_true", help="the working as LaTeX")
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to ask")
 
-    sub = command("look", command_look, "see what the model looked at while it wrote")
+    sub = command("look", command_look)
     sub.add_argument("problem", help='such as "12+39"')
     sub.add_argument("--layer", type=int, help="one layer, 1 or more; none: the largest weight of all")
     sub.add_argument("--head", type=int, help="one head, 1 or more; none: the largest weight of all")
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to look into")
 
-    sub = command("serve", command_serve, "a page in the browser to talk to the model")
+    sub = command("serve", command_serve)
     sub.add_argument("--port", type=int, default=8000, help="port to listen on")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on")
     sub.add_argument("--open", action="store_true", help="open the page in the browser")
     sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to talk to")
 
-    sub = command("bench", command_bench, "measure this machine: training and decoding speed, memory")
+    sub = command("bench", command_bench)
     sub.add_argument("--seconds", type=float, default=15.0, help="how long to train")
 
-    sub = command("data", command_data, "print examples of the data")
+    sub = command("data", command_data)
     sub.add_argument("--kind", choices=list(KINDS), help="kind of problem; none: all of them")
     sub.add_argument("--split", default="train", choices=["train", "test"], help="side of the split")
     sub.add_argument("--count", type=int, default=10, help="lines to print")

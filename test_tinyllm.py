@@ -638,7 +638,7 @@ def test_two_processes_are_one_run_with_a_larger_batch(tmp_path, monkeypatch):
     """torchrun: both end with the same weights, those of one process with the joint batches; neither sees a held-out problem."""
     script = tmp_path / "part.py"
     script.write_text(PART.format(here=str(HERE), size=SMALL, folder=str(tmp_path)), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511", str(script)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
                           capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     (a, seen_a), (b, seen_b) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
@@ -661,7 +661,7 @@ def test_two_processes_are_one_run_with_a_larger_batch(tmp_path, monkeypatch):
 def test_torchrun_from_the_command_line(tmp_path):
     """`torchrun tinyllm.py train`: one process prints and saves, and the checkpoint is like any other."""
     path = tmp_path / "model.pt"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29512",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            str(HERE / "tinyllm.py"), "train", "--steps", "10", "--out", str(path), "--n_layer", "1", "--n_embd", "16",
                            "--n_head", "2", "--batch_tokens", "128"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stdout.count("Before training") == 1 and "2 processes" in done.stdout, done.stderr

@@ -1937,8 +1937,8 @@ def command_eval(args):
             by_size[name] = evaluate(model, held_out_problems(kind, max(1, args.problems // 5), size=size))
     print("By size: digits of the longest number, or operators. * is one size past what was trained on:")
     print(table(by_size))
+    beyond = {}
     if args.beyond:
-        beyond = {}
         for kind, sizes in (("add", range(11, 21)), ("sub", range(11, 21)), ("mul", [4]), ("expr", [5, 6]), ("algebra", [6, 7])):
             for size in sizes:
                 problems = held_out_problems(kind, 2 * max(1, args.problems // 5), size=size)
@@ -1947,22 +1947,20 @@ def command_eval(args):
                 beyond[f"{kind} {size}"] = evaluate(model, problems[:max(1, args.problems // 5)])
         print("Beyond what it was trained on:")
         print(table(beyond))
-        by_size.update({name + "*": result for name, result in beyond.items()})
     pairs = {}
     if args.pairs:
         asked = [f"{a}{op}{b}" for op in "+-*/" for a in range(100) for b in range(100) if (op, b) != ("/", 0)]
         pairs["pairs"] = evaluate(model, asked)
         print("All of a+b, a-b, a*b, a/b with numbers below 100, those of the training data among them:")
         print(table(pairs))
-    wrong = [explain(line) for result in results.values() for line in result["wrong"]]
-    print(f"{len(wrong)} wrong workings" + (", the first of each kind:" if wrong else ""))
-    for result in results.values():
-        for line in result["wrong"][:2]:
-            print("   ", explain(line))
+    wrong = [line for result in results.values() for line in result["wrong"][:10 // len(results)]]
+    print(f"{sum(len(result['wrong']) for result in results.values())} wrong workings" + (", some of each kind:" if wrong else ""))
+    for line in wrong:
+        print("   ", explain(line))
     if args.json:
         try:
             with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"kinds": results, "sizes": by_size, **pairs}, file, indent=1)
+                json.dump({"kinds": results, "sizes": by_size, "beyond": beyond, **pairs}, file, indent=1)
         except OSError as error:
             raise InputError(f"cannot write {args.json} ({type(error).__name__}); give --json another file") from error
     low = [kind for kind, r in results.items() if args.target is not None and r["answers"] < args.target * r["problems"]]

@@ -651,7 +651,7 @@ def test_two_processes_are_one_run_with_a_larger_batch(tmp_path, monkeypatch):
     problems = [{decode(row).split("=")[0] for x, _ in seen for row in x.tolist()} for seen in (seen_a, seen_b)]
     assert not any(tinyllm.is_held_out(problem) for problem in problems[0] | problems[1])
     assert len(problems[0] & problems[1]) < 0.1 * len(problems[0])
-    monkeypatch.setattr(tinyllm.ProblemStream, "__iter__", lambda self: iter(joint))
+    monkeypatch.setattr(tinyllm.ProblemStream, "__iter__", lambda self: iter(joint * 2))
     config = Config(**SMALL, steps=3, batch_tokens=256)
     one = tinyllm.train(config, str(tmp_path / "one.pt"), report=lambda text: None).state_dict()
     assert all(torch.allclose(one[name], a[name], atol=2e-4) for name in a)

@@ -1164,7 +1164,7 @@ def train(config, out, minutes=None, resume=None, device="cpu", compile=False, r
     torch.empty(31 * 2 ** 20, dtype=torch.uint8)
     model = TinyLLM(config).to(device)
     optimizers = make_optimizers(model, config)
-    step, seconds, history = 0, 0.0, []
+    step, seconds, history, loss = 0, 0.0, [], None
     if resume:
         model.load_state_dict(resume["model"])
         for optimizer, state in zip(optimizers, resume["optimizers"]):
@@ -1229,6 +1229,7 @@ def train(config, out, minutes=None, resume=None, device="cpu", compile=False, r
             signal.signal(signal.SIGINT, previous)
     stopped = total(len(stop))[0] > 0
     if WORLD_SIZE > 1:
+        del forward, loss                            # they hold on to the group
         dist.destroy_process_group()
     if stopped:
         if RANK == 0:

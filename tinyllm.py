@@ -2243,6 +2243,9 @@ figure { margin: 1rem 0; } svg { width: 100%; height: auto; font: 15px system-ui
 .grid { stroke: var(--line); } .line { fill: none; stroke-width: 2.5; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); stroke-dasharray: 8 3; } .c2 { stroke: var(--c2); stroke-dasharray: 2 3; }
 .c3 { stroke: var(--c3); stroke-dasharray: 12 4; } .c4 { stroke: var(--c4); stroke-dasharray: 8 3 2 3; } .c5 { stroke: var(--c5); stroke-dasharray: 4 4; }
+@media (max-width: 36rem) { #steps, #steps tbody { display: block; } #steps tr { display: flex; flex-wrap: wrap; align-items: baseline; }
+  #steps td:first-child { width: 100%; text-align: left; } #steps td:first-child:empty { display: none; }
+  #steps td:nth-child(3) { flex: 1; overflow-x: auto; } svg { font-size: 19px; } }
 </style>
 </head>
 <body>

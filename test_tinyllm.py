@@ -556,7 +556,6 @@ def run_that_saves_all_the_time(path, **size):
 sys.path.insert(0, {str(HERE)!r})
 import tinyllm
 tinyllm.Monitor.N_PROBLEMS = 0
-tinyllm.evaluate = lambda model, problems: {{"answers": 0}}
 tinyllm.Monitor.row = lambda *_: {{}}
 for start in range(10, 10 ** 6, 10):
     config = tinyllm.Config(**{size!r}, steps=start, batch_tokens=128, kinds="add")

@@ -263,8 +263,9 @@ def test_answers_are_in_lowest_terms():
     "(x+1)^2=x^2+x+x+1=x^2+2x+1",
     "(2x-1)^2=4x^2-2x-2x+1=4x^2-4x+1",
     "-(x-2)=-x+2",
-    "3x-3x=0",
-    "(x+y)(y-x)=xy-x^2+y^2-xy=-x^2+xy-xy+y^2=-x^2+y^2",
+    "3x-3x=0x=0",
+    "5x-5x+2x-y+1=0x+2x-y+1=2x-y+1",
+    "(x+y)(y-x)=xy-x^2+y^2-xy=-x^2+xy-xy+y^2=-x^2+0xy+y^2=-x^2+y^2",
     "x+2=x+2",
 ])
 def test_the_notebook(line):
@@ -337,6 +338,16 @@ def test_split_is_the_same_everywhere():
     """The split is a property of the text: these stay on their sides on every machine and version, for ever."""
     sides = "".join(str(int(tinyllm.is_held_out(f"{a}*{b}"))) for a in range(10) for b in range(10))
     assert sides == "1010000000000000010010010000000010100010000100000000000000000000000000010000000000010000000000000000"
+
+
+@pytest.mark.parametrize("kind", ["expr", "algebra"])
+def test_practice_is_harder_than_the_test(kind):
+    """Training draws more of what is hard than the evaluation asks, from the same problems."""
+    def mean_size(practice):
+        problems = [tinyllm.KINDS[kind].draw(random.Random(i), 4, practice) for i in range(1000)]
+        assert max(tinyllm.kind_and_size(problem)[1] for problem in problems) <= 4
+        return sum(tinyllm.kind_and_size(problem)[1] for problem in problems) / 1000
+    assert mean_size(True) > mean_size(False) + 0.2
 
 
 def test_lengths_are_even():
@@ -418,7 +429,7 @@ def test_every_weight_is_trained_once():
 @pytest.fixture
 def only_short_sums(monkeypatch):
     """Sums of two numbers of one or two digits, and nothing else."""
-    def draw(rng, top):
+    def draw(rng, top, practice):
         return f"{rng.randrange(10 ** top)}+{rng.randrange(10 ** top)}"
     monkeypatch.setattr(tinyllm, "KINDS", {"add": tinyllm.Kind(draw, range(1, 3), 1.0)})
 

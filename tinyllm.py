@@ -741,10 +741,10 @@ def rewrite_letters(node):
     """
     terms = write_out(node)
     in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
-    added = []                                       # of terms that are alike, the first two
+    added = []                                       # of terms that are alike, the first two: 5x-5x+2x is 0x+2x
     for letters, alike in itertools.groupby(in_order, lambda term: term[1]):
-        first, second, *others = [n for n, _ in alike] + [0]
-        added += [(n, letters) for n in (first + second, *others) if n]
+        numbers = [n for n, _ in alike]              # a 0x that is left alone is dropped
+        added += [(n, letters) for n in (sum(numbers[:2]), *numbers[2:]) if n or len(numbers) > 1]
     for step in (terms, in_order, added):
         if (new := parse(join(step))) != node:
             return new
@@ -873,9 +873,10 @@ def is_held_out(problem):
     return zlib.crc32(canonical(parse(problem)).encode("ascii")) % 10 == 0
 
 
-# The kinds of problem. Each has a function draw(rng, top) -> text, which draws a problem no larger than `top`, and a
-# size: digits of the longest number, or operators. Lengths are drawn evenly, not values: nearly all numbers below
-# 10^10 have ten digits, and who has never seen short ones cannot do them.
+# The kinds of problem. Each has a function draw(rng, top, practice) -> text, which draws a problem no larger than
+# `top`, and a size: digits of the longest number, or operators. Lengths are drawn evenly, not values: nearly all
+# numbers below 10^10 have ten digits, and who has never seen short ones cannot do them. practice: a pupil practises
+# what is hard, so the problems to train on have more of it than those of the test; anything in one is in the other.
 
 def number(rng, n_digits):
     """A number of n digits (one digit: 0 to 9)."""
@@ -884,37 +885,37 @@ def number(rng, n_digits):
 
 def draw_sum(op):
     """Sums or differences; some are made hard on purpose: equal lengths, equal beginnings, long carries."""
-    def draw(rng, top):
+    def draw(rng, top, practice):
         a, b = number(rng, rng.randint(1, top)), number(rng, rng.randint(1, top))
         dice, digits = rng.random(), str(a)
         keep = rng.randrange(len(digits))
         if dice < 0.3:
             b = number(rng, len(digits))
-        if dice < 0.1:                               # 48213-48179: which is larger?
+        if dice < (0.2 if practice else 0.1):        # 48213-48179: which is larger?
             b = int(digits[:keep] + str(number(rng, len(digits) - keep)).zfill(len(digits) - keep))
         elif dice > 0.9:                             # 48213+51786: one more, and every place carries
             b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
-        return f"{'-' if rng.random() < 0.05 else ''}{a}{op}{b}"
+        return f"{'-' if rng.random() < (0.15 if practice else 0.05) else ''}{a}{op}{b}"
     return draw
 
 
-def draw_product(rng, top):
+def draw_product(rng, top, practice):
     return f"{number(rng, rng.randint(1, top))}*{number(rng, rng.randint(1, top))}"
 
 
-def draw_quotient(rng, top):
-    """Half come out even, the others do not, or only by chance; three in ten are proper fractions."""
+def draw_quotient(rng, top, practice):
+    """Half come out even, the others do not, or only by chance; three in ten are proper fractions. Practice: fewer, more."""
     a, b = number(rng, rng.randint(1, top)), max(1, number(rng, rng.randint(1, 2)))
-    if rng.random() < 0.3:                           # short, so they cost little: half of them can be cancelled
+    if rng.random() < (0.4 if practice else 0.3):    # short, so they cost little: half of them can be cancelled
         common = rng.choice((1, rng.randint(2, 24)))
         b = common * rng.randint(2, max(2, 99 // common))
         return f"{rng.randrange(common, b, common)}/{b}" if b > common else "1/2"
-    if rng.random() < 0.5:
+    if rng.random() < (0.35 if practice else 0.5):
         a = max(1, a // b) * b
     return f"{a}/{b}"
 
 
-def draw_expression(rng, top):
+def draw_expression(rng, top, practice):
     """2 operators or more, all four operations; every value within four digits, divisions even."""
     def tree(n):                                     # n operators -> (node, its value)
         if n == 0:
@@ -938,12 +939,13 @@ def draw_expression(rng, top):
         return (op, left, right), result
 
     while True:
-        problem = to_text(tree(rng.randint(2, top))[0], spare=lambda: rng.random() < 0.06)
+        n = max(rng.randint(2, top) for _ in range(1 + practice))
+        problem = to_text(tree(n)[0], spare=lambda: rng.random() < 0.06)
         if len(solve_by_rules(problem)) <= 128:      # no longer than a line in a notebook
             return problem
 
 
-def draw_algebra(rng, top):
+def draw_algebra(rng, top, practice):
     """Like terms, brackets to multiply out, products of two brackets; `top` signs between terms at most."""
     def term(letters, largest=9):
         return rng.choice((-1, 1)) * rng.randint(1, largest), letters
@@ -955,7 +957,8 @@ def draw_algebra(rng, top):
 
     def like_terms():                                # 8x+3-5y+2x-7
         letters = rng.choice((("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", ""), MONOMIALS))
-        terms = [term(rng.choice(letters), rng.choice((9, 9, 99))) for _ in range(rng.randint(2, top + 1))]
+        n = max(rng.randint(2, top + 1) for _ in range(1 + practice))
+        terms = [term(rng.choice(letters), rng.choice((9, 9, 99))) for _ in range(n)]
         for i in range(1, len(terms)):
             if rng.random() < 0.08:                  # cancels an earlier one
                 n, letters = rng.choice(terms[:i])
@@ -974,7 +977,7 @@ def draw_algebra(rng, top):
         return bracket() + ("^2" if rng.random() < 0.3 else bracket())
 
     while True:
-        problem = rng.choices((like_terms, brackets, product), (4, 4, 3))[0]()
+        problem = rng.choices((like_terms, brackets, product), (12, 5, 3) if practice else (4, 4, 3))[0]()
         kind, size = kind_and_size(problem)
         if kind == "algebra" and size <= top:
             return problem
@@ -982,18 +985,18 @@ def draw_algebra(rng, top):
 
 @dataclasses.dataclass
 class Kind:
-    draw: object        # draw(rng, top) -> problem
+    draw: object        # draw(rng, top, practice) -> problem
     sizes: range        # sizes that are trained on; top is the last one
     share: float        # how often it is drawn
 
 
 KINDS = {
-    "add": Kind(draw_sum("+"), range(1, 11), 0.6),
-    "sub": Kind(draw_sum("-"), range(1, 11), 1.1),
+    "add": Kind(draw_sum("+"), range(1, 11), 0.4),
+    "sub": Kind(draw_sum("-"), range(1, 11), 1.0),
     "mul": Kind(draw_product, range(1, 4), 0.8),
     "div": Kind(draw_quotient, range(1, 6), 1.6),
-    "expr": Kind(draw_expression, range(2, 5), 2.2),
-    "algebra": Kind(draw_algebra, range(1, 6), 1.8),
+    "expr": Kind(draw_expression, range(2, 5), 2.0),
+    "algebra": Kind(draw_algebra, range(1, 6), 2.6),
 }
 
 
@@ -1014,7 +1017,7 @@ def kind_and_size(problem):
 def draw_problem(kind, rng, held_out, top=None):
     """Draw a problem of a kind, no larger than top (None: as large as they come), from one side of the split."""
     while True:
-        problem = KINDS[kind].draw(rng, top or KINDS[kind].sizes[-1])
+        problem = KINDS[kind].draw(rng, top or KINDS[kind].sizes[-1], not held_out)
         if is_held_out(problem) == held_out:
             return problem
 
@@ -1399,7 +1402,7 @@ def held_out_problems(kind, count, seed=1, size=None, tries=200):
     """
     rng, found = random.Random(f"{seed}/{kind}/{size}"), {}
     for _ in range(count * tries):
-        problem = KINDS[kind].draw(rng, size or KINDS[kind].sizes[-1])
+        problem = KINDS[kind].draw(rng, size or KINDS[kind].sizes[-1], False)
         if (size is None or kind_and_size(problem)[1] == size) and is_held_out(problem):
             found.setdefault(canonical(parse(problem)), problem)
             if len(found) == count:

@@ -449,11 +449,11 @@ def test_a_small_model_learns_addition(only_short_sums, tmp_path):
 
 @slow
 def test_the_default_model_learns_every_kind(tmp_path):
-    """A sixth of the default run already answers half of the held-out sums, and something of every other kind."""
-    model = tinyllm.train(Config(steps=1400), str(tmp_path / "model.pt"), report=lambda text: None)
+    """A quarter of the default run already answers most held-out sums, and something of every other kind."""
+    model = tinyllm.train(Config(steps=2150), str(tmp_path / "model.pt"), report=lambda text: None)
     right = {kind: tinyllm.evaluate(model, tinyllm.held_out_problems(kind, 200, seed=2))["answers"] / 200
              for kind in tinyllm.KINDS}
-    assert right["add"] > 0.4 and min(right.values()) > 0.1, right
+    assert right["add"] > 0.7 and min(right.values()) > 0.1, right
 
 
 def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):

@@ -883,6 +883,11 @@ def number(rng, n_digits):
     return rng.randrange(10 ** (n_digits - 1) if n_digits > 1 else 0, 10 ** n_digits)
 
 
+def draw_count(rng, top, practice):
+    """How many operators or terms, 2 to top: evenly, for practice the larger of two draws."""
+    return max(rng.randint(2, top) for _ in range(1 + practice))
+
+
 def draw_sum(op):
     """Sums or differences; some are made hard on purpose: equal lengths, equal beginnings, long carries."""
     def draw(rng, top, practice):
@@ -904,7 +909,7 @@ def draw_product(rng, top, practice):
 
 
 def draw_quotient(rng, top, practice):
-    """Half come out even, the others do not, or only by chance; three in ten are proper fractions. Practice: fewer, more."""
+    """Three in ten (practice: four) are proper fractions; half of the others (practice: a third) come out even."""
     a, b = number(rng, rng.randint(1, top)), max(1, number(rng, rng.randint(1, 2)))
     if rng.random() < (0.4 if practice else 0.3):    # short, so they cost little: half of them can be cancelled
         common = rng.choice((1, rng.randint(2, 24)))
@@ -939,8 +944,7 @@ def draw_expression(rng, top, practice):
         return (op, left, right), result
 
     while True:
-        n = max(rng.randint(2, top) for _ in range(1 + practice))
-        problem = to_text(tree(n)[0], spare=lambda: rng.random() < 0.06)
+        problem = to_text(tree(draw_count(rng, top, practice))[0], spare=lambda: rng.random() < 0.06)
         if len(solve_by_rules(problem)) <= 128:      # no longer than a line in a notebook
             return problem
 
@@ -957,8 +961,7 @@ def draw_algebra(rng, top, practice):
 
     def like_terms():                                # 8x+3-5y+2x-7
         letters = rng.choice((("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", ""), MONOMIALS))
-        n = max(rng.randint(2, top + 1) for _ in range(1 + practice))
-        terms = [term(rng.choice(letters), rng.choice((9, 9, 99))) for _ in range(n)]
+        terms = [term(rng.choice(letters), rng.choice((9, 9, 99))) for _ in range(draw_count(rng, top + 1, practice))]
         for i in range(1, len(terms)):
             if rng.random() < 0.08:                  # cancels an earlier one
                 n, letters = rng.choice(terms[:i])

@@ -493,7 +493,7 @@ def test_the_default_model_learns_every_kind(tmp_path):
 
 
 def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):
-    """Stopped after 20 of 40 steps and resumed, a run ends with bit for bit the weights of one that never stopped."""
+    """Stopped after 0 or 20 of 40 steps and resumed, a run ends with bit for bit the weights of one that never stopped."""
     monkeypatch.setattr(tinyllm.Monitor, "N_PROBLEMS", 3)
     config = Config(**SMALL, steps=40, batch_tokens=128, kinds="add")
     whole = tinyllm.train(config, str(tmp_path / "whole.pt"), report=lambda text: None)
@@ -511,8 +511,11 @@ def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):
     half = tinyllm.read_checkpoint(path)
     assert half["step"] == 20
     resumed = tinyllm.train(Config(**half["config"]), str(path), resume=half, report=lambda text: None)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
-        assert torch.equal(a, b), name
+    torch.manual_seed(config.seed)
+    tinyllm.save_checkpoint(path, TinyLLM(config))   # what the command saves before the first step
+    begun = tinyllm.train(config, str(path), resume=tinyllm.read_checkpoint(path), report=lambda text: None)
+    for (name, a), b, c in zip(whole.state_dict().items(), resumed.state_dict().values(), begun.state_dict().values()):
+        assert torch.equal(a, b) and torch.equal(a, c), name
 
 
 def test_saved_and_loaded_it_gives_the_same_answers(tmp_path):

@@ -251,7 +251,8 @@ def decode(ids, ones_first=True):
 
 ######## Step 3-2: embeddings #################################################################################
 #
-# A plain LLM numbers its tokens 1, 2, 3. But a character of a calculation has an ADDRESS, like a cell of a spreadsheet:
+# A token's first vector says what it is (token embedding) and where in the text that is. A plain LLM numbers its tokens
+# 1, 2, 3. But a character of a calculation has an ADDRESS, like a cell of a spreadsheet:
 #   step    how many "=" stand before it;
 #   slot    how many signs stand before it in its step. A number and the sign that ends it fill one slot;
 #   place   which character of its slot it is: the ones have place 1, the tens place 2 (the idea of the abacus
@@ -324,7 +325,8 @@ def attention(q, k, v):
 
     (Vaswani et al. 2017, "Attention Is All You Need".) The T queries are the last T of the S columns. PyTorch has
     the same in one call, F.scaled_dot_product_attention, and a test compares both. That one is for long texts: with our
-    short lines it trained 27,000 tokens a second, this one 45,000 (torch 2.13.0, bfloat16, the machine in the README).
+    short lines it trained 27,000 tokens a second, this one 45,000 (a loop over ready batches in bfloat16, torch 2.13.0,
+    the machine in the README).
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                       # (B, H, T, S) agreement
@@ -987,8 +989,8 @@ def draw_algebra(rng, top, practice):
         return f"({join([(n if rng.random() < 0.1 else abs(n), first), second])})"
 
     def like_terms():                                # 8x+3-5y+2x-7
-        some = ("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")
-        letters, largest = rng.choice((*some, *[MONOMIALS] * (1 + 2 * practice))), (9, 99) if practice else (9, 9, 99)
+        mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")] + [MONOMIALS] * (3 if practice else 1)
+        letters, largest = rng.choice(mixtures), (9, 99) if practice else (9, 9, 99)
         terms = [term(rng.choice(letters), rng.choice(largest)) for _ in range(draw_count(rng, top + 1, practice))]
         for i in range(1, len(terms)):
             if rng.random() < 0.08:                  # cancels an earlier one
@@ -1101,7 +1103,7 @@ class ProblemStream(IterableDataset):
     any padding is computed. A row is as long as the longest line of its batch, rounded up to a multiple of 4, and the
     number of rows follows from that: PyTorch prepares its matrix products for each new shape, and a few dozen shapes
     that come again and again are a quarter faster than a new one every time (24,000 tokens a second became 30,000 with
-    4 layers, torch 2.13.0, on the machine in the README).
+    4 layers, without autocast; torch 2.13.0, on the machine in the README).
     Pool n depends on (seed, n, progress) alone, so a resumed run can start at any batch.
 
     start: number of the first batch. progress: batch number -> the part of the run that is over, 0 to 1.
@@ -1227,7 +1229,7 @@ def train(config, out, minutes=None, resume=None, device="cpu", compile=False, r
     previous = catch_interrupt(stop)
     progress = (lambda batch: done()) if minutes else None
     batches = iter(DataLoader(ProblemStream(config, step, progress, RANK, WORLD_SIZE), batch_size=None))
-    if resume:
+    if step:                                         # at step 0 everything is as in a new run
         torch.set_rng_state(resume["random_state"])  # last, because iter() draws a number too
     try:
         while True:

@@ -33,7 +33,7 @@ from tinyllm import Config, InputError, TinyLLM, encode, decode
 
 HERE = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("TINYLLM_SLOW"), reason="set TINYLLM_SLOW=1 to run the long tests")
-SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=128)
+SMALL = dict(n_layer=2, n_head=2, head_dim=24, n_embd=32, block_size=128)
 
 
 def small_model(**changes):
@@ -76,7 +76,7 @@ def test_an_untrained_model_knows_nothing():
 def test_config_explains_itself():
     """A size that cannot work is refused with a sentence, not with a stack of shapes."""
     with pytest.raises(InputError, match="multiple of"):
-        Config(n_embd=100, n_head=3)
+        Config(head_dim=20)
     with pytest.raises(InputError, match="n_layer 0"):
         Config(n_layer=0)
     with pytest.raises(InputError, match="add sub mul div expr algebra"):
@@ -439,7 +439,7 @@ def test_the_stream_can_start_anywhere():
 def test_one_batch_is_learned_by_heart():
     """The first thing to try with any network: if it cannot overfit one batch, something is broken."""
     torch.manual_seed(0)
-    config = Config(n_layer=2, n_head=2, n_embd=64, batch_tokens=256)
+    config = Config(n_layer=2, n_head=2, head_dim=32, n_embd=64, batch_tokens=256)
     model = TinyLLM(config)
     optimizers = tinyllm.make_optimizers(model, config)
     x, y = next(iter(tinyllm.ProblemStream(config)))
@@ -472,7 +472,7 @@ def only_short_sums(monkeypatch):
 def test_a_small_model_learns_addition(only_short_sums, tmp_path):
     """From nothing to 100% of the held-out one-digit sums, which it never saw, in half a minute."""
     began = time.perf_counter()
-    config = Config(n_layer=2, n_head=4, n_embd=64, steps=1000, batch_tokens=512, kinds="add")
+    config = Config(n_layer=2, n_head=4, head_dim=16, n_embd=64, steps=1000, batch_tokens=512, kinds="add")
     model = tinyllm.train(config, str(tmp_path / "model.pt"), report=lambda text: None)
     problems = tinyllm.held_out_problems("add", 10, size=1)
     before = tinyllm.evaluate(TinyLLM(config).eval(), problems)

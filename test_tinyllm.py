@@ -439,7 +439,7 @@ def test_the_stream_can_start_anywhere():
 def test_one_batch_is_learned_by_heart():
     """The first thing to try with any network: if it cannot overfit one batch, something is broken."""
     torch.manual_seed(0)
-    config = Config(n_layer=2, n_head=2, head_dim=32, n_embd=64, batch_tokens=256)
+    config = Config(n_layer=2, n_head=2, n_embd=64, batch_tokens=256)
     model = TinyLLM(config)
     optimizers = tinyllm.make_optimizers(model, config)
     x, y = next(iter(tinyllm.ProblemStream(config)))

@@ -340,8 +340,10 @@ class CausalSelfAttention(nn.Module):
     """Tokens look at earlier tokens: x (B, T, C) -> (B, T, C).
 
     cache is None in training. In decoding it is a list that keeps keys and values of earlier columns, so that
-    each is computed once: empty at first, then [k, v], each (B, H, S, D). The heads need not share C between them:
-    six of 32 channels look at more places at once, and an MLP of 3 C instead of 4 C has weights to spare for them.
+    each is computed once: empty at first, then [k, v], each (B, H, S, D).
+
+    The heads need not share C between them: six of 32 channels look at more places at once than four, and an MLP of 3 C
+    instead of 4 C leaves them the weights.
     """
 
     def __init__(self, config):

@@ -461,6 +461,36 @@ def test_every_weight_is_trained_once():
         assert len(trained) == len(set(map(id, trained))) == len(list(model.parameters()))
 
 
+def test_muon_is_pytorchs():
+    """Our Muon takes the steps of torch.optim.Muon, which rounds to bfloat16: tall, wide and square matrices, three steps."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (8, 8))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    before = [p.detach().clone() for p in ours]
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
+    optimizers = tinyllm.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, before):
+        assert (a - b).norm() < 0.02 * (b - start).norm()
+
+
+def test_an_orthogonal_step_is_as_long_in_all_directions():
+    """Singular values from 0.003 to 1 come out between 0.6 and 1.3, and a gradient of zeros stays one."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (20, 10))
+    matrix = left @ torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.03, 0.01, 0.003])) @ right.T       # (20, 10)
+    made = tinyllm.orthogonal(matrix)
+    lengths = torch.diag(left.T @ made @ right)
+    assert 0.6 < lengths.min() and lengths.max() < 1.3
+    assert torch.allclose(left @ torch.diag(lengths) @ right.T, made, atol=2e-3)                 # the same directions
+    assert not tinyllm.orthogonal(torch.zeros(4, 6)).any()
+
+
 @pytest.fixture
 def only_short_sums(monkeypatch):
     """Sums of two numbers of one or two digits, and nothing else."""

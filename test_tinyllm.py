@@ -1018,12 +1018,22 @@ def test_ask_shows_and_checks_each_step(checkpoint):
     (["train", "--out", "no/such/folder/x.pt"], "cannot write"), (["train", "--steps", "many"], "invalid int"),
     (["eval", "--checkpoint", str(HERE / "README.md")], "damaged"), (["train", "--out", str(HERE)], "folder"),
 ])
-def test_errors_are_sentences(args, words, checkpoint):
-    """Bad input: one line on stderr that says what to do, status 2, no traceback, on a Japanese console as well."""
+def test_errors_are_sentences(args, words, checkpoint, capsys):
+    """Bad input: one line on stderr, in ASCII for any console, that says what to do; status 2, no exception."""
     if args[0] == "ask" and "--checkpoint" not in args:
         args = [*args, "--checkpoint", str(checkpoint)]
-    status, out, err = command(*args, PYTHONIOENCODING="cp932")
-    assert status == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err
+    try:
+        status = tinyllm.main(args)
+    except SystemExit as stop:                       # how argparse ends
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2 and words in err and err.count("\n") == 1 and err.isascii()
+
+
+def test_an_error_ends_the_process(checkpoint):
+    """The same from outside, on a Japanese console: the status of the process, and no traceback."""
+    status, out, err = command("ask", "12+\u00b3", "--checkpoint", checkpoint, PYTHONIOENCODING="cp932")
+    assert status == 2 and not out and "U+00B3" in err and err.count("\n") == 1
 
 
 ALPHABET = "0123456789+-*/()=xy^. \t\0\u00d7\u00b2\uff11\u0661\u2460\ud800\U0001f600"

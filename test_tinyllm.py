@@ -1096,7 +1096,7 @@ def test_a_checkpoint_is_never_silently_replaced(checkpoint):
 def test_train_and_eval_as_a_person_runs_them(tmp_path):
     """A tiny run through the command line: before, rows, table, plot, next commands; eval and its target; resume."""
     path, size = tmp_path / "tiny.pt", ["--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--batch_tokens", 128,
-                                         "--block_size", 128, "--no-working"]
+                                         "--block_size", 128, "--no-working", "--kinds", "sub mul"]
     status, out, err = command("train", "--steps", 10, "--out", path, *size)
     assert status == 0, err
     for words in ("Before training", "parameters on cpu", "100%", "answers right", "+-----", "Now try", "tiny.pt"):
@@ -1109,7 +1109,7 @@ def test_train_and_eval_as_a_person_runs_them(tmp_path):
     assert status == 0 and tinyllm.read_checkpoint(path)["step"] == 12, err
     status, out, _ = command("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99, "--json", tmp_path / "e.json",
                              "--beyond")
-    assert status == 1 and "sub 20" in out and "below the target" in out and "mul 4*" in out and (tmp_path / "e.json").stat().st_size > 100
+    assert status == 1 and "sub 20" in out and "below the target" in out and "mul 4*" in out and "expr" not in out and (tmp_path / "e.json").stat().st_size > 100
 
 
 @slow

@@ -2041,7 +2041,7 @@ def command_eval(args):
     beyond = {}
     if args.beyond:
         for kind, sizes in (("add", range(11, 21)), ("sub", range(11, 21)), ("mul", [4]), ("expr", [5, 6]), ("algebra", [6, 7])):
-            for size in sizes:
+            for size in sizes if kind in kinds else ():
                 problems = held_out_problems(kind, 2 * max(1, args.problems // 5), size=size)
                 if kind == "mul":                    # 4 x 4 digits, not 4 x 1
                     problems = [problem for problem in problems if len(problem) == 9]

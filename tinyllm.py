@@ -2040,8 +2040,9 @@ def command_eval(args):
     print(table(by_size))
     beyond = {}
     if args.beyond:
-        for kind, sizes in (("add", range(11, 21)), ("sub", range(11, 21)), ("mul", [4]), ("expr", [5, 6]), ("algebra", [6, 7])):
-            for size in sizes if kind in kinds else ():
+        sizes = {"add": range(11, 21), "sub": range(11, 21), "mul": [4], "div": [], "expr": [5, 6], "algebra": [6, 7]}
+        for kind in kinds:
+            for size in sizes[kind]:
                 problems = held_out_problems(kind, 2 * max(1, args.problems // 5), size=size)
                 if kind == "mul":                    # 4 x 4 digits, not 4 x 1
                     problems = [problem for problem in problems if len(problem) == 9]

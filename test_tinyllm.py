@@ -94,8 +94,9 @@ def test_tokenizer_round_trip(kind, ones_first):
 
 
 def test_numbers_are_read_from_the_ones_place():
-    """The tokens of 408 are 8, 0, 4; signs and brackets stay where they are."""
+    """The tokens of 408 are 8, 0, 4, those of 48x^2 are 2, ^, x, 8, 4; signs and brackets stay where they are."""
     assert [tinyllm.VOCAB[i] for i in encode("-408*(12-7)")] == list("-804*(21-7)")
+    assert [tinyllm.VOCAB[i] for i in encode("3(48x^2-xy+12)")] == list("3(2^x84-yx+21)")
     assert encode("408", ones_first=False) == encode("804")
 
 
@@ -911,20 +912,20 @@ def test_the_page_can_be_read(scheme):
 
 def test_the_page_answers_a_problem(page):
     """What the page shows is the model's line, its exact check, and the weights and likeliest tokens behind it."""
-    status, headers, text = page[1]("POST", "/solve", solve_body("12 \u00d7 34"))
+    status, headers, text = page[1]("POST", "/solve", solve_body("48x \u2212 53x"))
     reply = json.loads(text)
     assert status == 200 and headers["Content-Type"].startswith("application/json")
-    assert reply["line"] == tinyllm.solve(small_model(), ["12*34"])[0] and reply["right"] is False
+    assert reply["line"] == tinyllm.solve(small_model(), ["48x-53x"])[0] and reply["right"] is False
     assert len(reply["steps"]) == reply["line"].count("=") and not all(step["true"] for step in reply["steps"])
     n_written = len(reply["line"]) + 1 - reply["start"]
     assert len(reply["weights"]) == len(reply["next"]) == n_written
     read = "".join(reply["line"][i] for i in reply["place"][:-1])
-    assert tinyllm.reverse_numbers(read) == reply["line"]
+    assert tinyllm.reverse_terms(read) == reply["line"]
     for t, (layers, likeliest) in enumerate(zip(reply["weights"], reply["next"]), reply["start"]):
         assert [[len(head) for head in layer] for layer in layers] == [[t, t], [t, t]]
         if t < len(read):                            # greedy: what was written is what was likeliest
             assert likeliest[0][0] == read[t]
-    assert json.loads(page[1]("POST", "/solve", solve_body("12*34", preview=True))[2]) == {"problem": tinyllm.typeset("12*34", 1)}
+    assert json.loads(page[1]("POST", "/solve", solve_body("48x-53x", preview=True))[2]) == {"problem": tinyllm.typeset("48x-53x", 1)}
 
 
 @pytest.mark.parametrize("method, path, body, headers, status", [

@@ -215,20 +215,22 @@ class Config:
 #
 # One token is one character. Numbers are turned round at this door, and only here: the model reads and writes
 # 408 as 8, 0, 4. Carries run from the ones upward, so each digit can be written when all it depends on is known.
-# (Lee et al. 2023, "Teaching Arithmetic to Small Transformers", found the same for addition.)
+# (Lee et al. 2023, "Teaching Arithmetic to Small Transformers", found the same for addition.) Letters turn with
+# their number: 48x is read as x, 8, 4, so that each digit is known to count x, and finds the digits it goes with.
 
 VOCAB = "\n0123456789+-*/()=xy^"        # token 0, the newline, ends a line and fills up short rows
 ID = {ch: i for i, ch in enumerate(VOCAB)}
+TERM = "[0-9xy^]+"                      # what is turned round as one: a number, its letters, their ^2
 END, EQUALS, DIGITS = ID["\n"], ID["="], (ID["0"], ID["9"])
 
 
-def reverse_numbers(text):
-    """Turn each number round. Doing it twice gives the text back.
+def reverse_terms(text):
+    """Turn each number round, with the letters behind it. Doing it twice gives the text back.
 
-    >>> reverse_numbers("12*34=408")
-    '21*43=804'
+    >>> reverse_terms("12*34=408"), reverse_terms("48x^2-7x")
+    ('21*43=804', '2^x84-x7')
     """
-    return re.sub("[0-9]+", lambda match: match[0][::-1], text)
+    return re.sub(TERM, lambda match: match[0][::-1], text)
 
 
 def encode(text, ones_first=True):
@@ -237,7 +239,7 @@ def encode(text, ones_first=True):
     >>> encode("12+3")
     [3, 2, 11, 4]
     """
-    return [ID[ch] for ch in (reverse_numbers(text) if ones_first else text)]
+    return [ID[ch] for ch in (reverse_terms(text) if ones_first else text)]
 
 
 def decode(ids, ones_first=True):
@@ -247,7 +249,7 @@ def decode(ids, ones_first=True):
     '12*34=408'
     """
     text = "".join(VOCAB[i] for i in ids)
-    return reverse_numbers(text) if ones_first else text
+    return reverse_terms(text) if ones_first else text
 
 
 ######## Step 3-2: embeddings #################################################################################
@@ -255,7 +257,7 @@ def decode(ids, ones_first=True):
 # A token's first vector says what it is (token embedding) and where in the text that is. A plain LLM numbers its tokens
 # 1, 2, 3. But a character of a calculation has an ADDRESS, like a cell of a spreadsheet:
 #   step    how many "=" stand before it;
-#   slot    how many signs stand before it in its step. A number and the sign that ends it fill one slot;
+#   slot    how many signs and letters stand before it in its step. A number and the sign that ends it fill one slot;
 #   place   which character of its slot it is: the ones have place 1, the tens place 2 (the idea of the abacus
 #           embedding, McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings").
 # An address is counted from the tokens to the left alone. So nothing about the future leaks in, and the address of the
@@ -993,7 +995,7 @@ def draw_algebra(rng, top, practice):
     def bracket():                                   # (2x-1), (x+y), (5-3x)
         pair = rng.choice((("x", ""), ("x", ""), ("y", ""), ("x", "y"), ("", "x"), ("y", "x")))
         (n, first), second = map(term, pair)
-        return f"({join([(n if rng.random() < 0.1 else abs(n), first), second])})"
+        return f"({join([(n if rng.random() < (0.2 if practice else 0.1) else abs(n), first), second])})"
 
     def like_terms():                                # 8x+3-5y+2x-7
         mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")] + [MONOMIALS] * (3 if practice else 1)
@@ -1006,8 +1008,8 @@ def draw_algebra(rng, top, practice):
         return join(terms)
 
     def brackets():                                  # 3(2x-1)-2(x+4)-(x-2)+7
-        count = rng.randint(1, 3)
-        parts = [rng.choice("++-") + rng.choice(["", *"23456789"]) + bracket() for _ in range(count)]
+        count, factors = rng.randint(1, 3), ["", *"23456789"] + ["", ""] * practice      # practice: more without a factor
+        parts = [rng.choice("++-") + rng.choice(factors) + bracket() for _ in range(count)]
         if count < 3 and rng.random() < 0.3:
             n, letters = term(rng.choice(("x", "y", "")))
             parts.insert(rng.randint(0, count), "-+"[n > 0] + join([(abs(n), letters)]))
@@ -1426,7 +1428,7 @@ def plot(history, width=60, height=10):
 
 ######## Step 5-4: saving #####################################################################################
 
-FORMAT = 3              # of the checkpoint file; a later program that writes it differently counts up
+FORMAT = 4              # of the checkpoint file; a later program that writes it differently counts up
 
 
 def is_finite(weights):
@@ -1742,8 +1744,8 @@ def look(model, line, layer=None, head=None):
     """A picture of attention: a row for each character that was written, a column for each that stood before it.
 
     The darker the sign, of " .:-=+*#%@", the larger the weight with which the model looked there when it wrote; the
-    largest one of all layers (1, 2 ...) and heads, or of those that were chosen. Numbers stand as the model reads
-    them, from the ones place. Raises InputError for a layer or head that is not there.
+    largest one of all layers (1, 2 ...) and heads, or of those that were chosen. Terms stand as the model reads
+    them, turned round. Raises InputError for a layer or head that is not there.
     """
     for name, chosen, count in (("layer", layer, model.config.n_layer), ("head", head, model.config.n_head)):
         if chosen is not None and not 1 <= chosen <= count:
@@ -1819,7 +1821,7 @@ def reply_to(model, text, waiting):
     line, (read, weights, logits) = waiting.ask(problem)
     start, (answer, _) = read.index("=") + 1, check(line)
     likeliest = logits.softmax(-1).topk(3)
-    spans = [match.span() for match in re.finditer("[0-9]+", line)] if model.config.ones_first else []
+    spans = [match.span() for match in re.finditer(TERM, line)] if model.config.ones_first else []
     place = list(range(len(line) + 1))               # where each token stands in the line as people read it
     for a, b in spans:
         place[a:b] = place[a:b][::-1]
@@ -2125,7 +2127,7 @@ def command_look(args):
     model = load_checkpoint(args.checkpoint, pick_device(args.device))
     line = solve(model, [prepare(args.problem, model)])[0]
     chosen = f"layer {args.layer or 'any'}, head {args.head or 'any'}, the largest weight"
-    print(f"{line}\n{chosen}; numbers stand from the ones place, as the model reads them:")
+    print(f"{line}\n{chosen}; terms stand turned round, as the model reads them:")
     print(look(model, line, args.layer, args.head))
     return 0
 
@@ -2379,7 +2381,7 @@ no calculator helps it. Whether a step is true is checked afterwards, exactly.</
     <span id="copied" role="status" class="soft"></span></p>
   <h2>What it looked at</h2>
   <p class="soft">Point at a character that it wrote, or move with the arrow keys: the darker an earlier character, the more the model
-    looked at it while it wrote this one. Numbers are written from the ones place.</p>
+    looked at it while it wrote this one. Numbers are written from the ones place, terms from their letter.</p>
   <p class="few"><label>Layer <select id="layer"><option value="">all</option>LAYERS</select></label>
     <label>Head <select id="head"><option value="">all</option>HEADS</select></label></p>
   <p id="written" role="group" aria-label="The line, character by character"></p>

@@ -444,7 +444,7 @@ def test_one_batch_is_learned_by_heart():
     model = TinyLLM(config)
     optimizers = tinyllm.make_optimizers(model, config)
     x, y = next(iter(tinyllm.ProblemStream(config)))
-    for _ in range(150):
+    for _ in range(200):
         loss = tinyllm.loss_of(model, x, y)
         model.zero_grad()
         loss.backward()
@@ -1097,7 +1097,7 @@ def test_a_checkpoint_is_never_silently_replaced(checkpoint):
 def test_train_and_eval_as_a_person_runs_them(tmp_path):
     """A tiny run through the command line: before, rows, table, plot, next commands; eval and its target; resume."""
     path, size = tmp_path / "tiny.pt", ["--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--batch_tokens", 128,
-                                         "--block_size", 128, "--no-working", "--kinds", "sub mul"]
+                                         "--block_size", 128, "--no-working", "--kinds", "sub mul", "--device", "cpu"]
     status, out, err = command("train", "--steps", 10, "--out", path, *size)
     assert status == 0, err
     for words in ("Before training", "parameters on cpu", "100%", "answers right", "+-----", "Now try", "tiny.pt"):

@@ -1,9 +1,11 @@
-"""The tests of tinyllm.py, in the order of the file. Each says which idea it pins; break the idea and it fails.
+"""The tests of tinyllm.py, in the order of the file. Each says which idea it pins; break the idea and
+it fails.
 
-    python -m pytest                    within a minute and a half on two cores
+    python -m pytest                    within a minute and a half on two quiet cores
     TINYLLM_SLOW=1 python -m pytest     also the long tests
 """
 
+import dataclasses
 import doctest
 import http.client
 import json
@@ -11,7 +13,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -25,19 +26,24 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+import tinyllm                                       # before torch: it sets how idle threads wait
 import torch
 import torch.nn.functional as F
+from tinyllm import Config, InputError, TinyLLM, decode, encode
 
-import tinyllm
-from tinyllm import Config, InputError, TinyLLM, encode, decode
-
+tinyllm.Run.N_PROBLEMS = 3                          # its rows are not what most tests look at
 HERE = Path(__file__).parent
-slow = pytest.mark.skipif(not os.environ.get("TINYLLM_SLOW"), reason="set TINYLLM_SLOW=1 to run the long tests")
+SOURCE = (HERE / "tinyllm.py").read_text(encoding="utf-8")
+SLOW = bool(os.environ.get("TINYLLM_SLOW"))
+slow = pytest.mark.skipif(not SLOW, reason="set TINYLLM_SLOW=1 to run the long tests")
 SMALL = dict(n_layer=2, n_head=2, head_dim=24, n_embd=32, block_size=128)
+TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_tokens", "128"]
 
 
 def small_model(**changes):
-    """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide mistakes."""
+    """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide
+    mistakes."""
     torch.manual_seed(0)
     model = TinyLLM(Config(**{**SMALL, **changes})).eval()
     for parameter in model.parameters():
@@ -46,18 +52,58 @@ def small_model(**changes):
 
 
 def lines(kind, count, seed=0):
+    """Lines as they are drawn, in turn from the training's side and from the other."""
     rng = random.Random(seed)
-    return [tinyllm.solve_by_rules(tinyllm.draw_problem(kind, rng, held_out=i % 2 == 0)) for i in range(count)]
+    problems = [tinyllm.draw_problem(kind, rng, held_out=i % 2 == 0) for i in range(count)]
+    return [tinyllm.solve_by_rules(problem) for problem in problems]
+
+
+def batches(config, count, step=0):
+    """The first batches of a run, or those from a later step on."""
+    stream = iter(tinyllm.ProblemStream(config, {**tinyllm.new_progress(), "step": step}))
+    return [next(stream) for _ in range(count)]
+
+
+def train(config, path, progress=None, model=None, optimizers=None):
+    """A run without its rows: a new one, or one that goes on."""
+    torch.manual_seed(config.seed)
+    model = model or TinyLLM(config)
+    optimizers = optimizers or tinyllm.make_optimizers(model, config)
+    tinyllm.fit(model, optimizers, progress or tinyllm.new_progress(), str(path), lambda text: None)
+    return model
 
 
 def command(*args, stdin="", **environment):
-    """Run the program as a person does; returns exit status, stdout, stderr."""
-    done = subprocess.run([sys.executable, str(HERE / "tinyllm.py"), *map(str, args)], input=stdin.encode("utf-8"),
-                          capture_output=True, env={**os.environ, **environment}, timeout=120)
+    """Run the program as a person does, in a folder of its own: exit status, stdout, stderr."""
+    done = subprocess.run([sys.executable, str(HERE / "tinyllm.py"), *map(str, args)], timeout=120,
+                          input=stdin.encode("utf-8"), capture_output=True, cwd=os.environ["TEST_FOLDER"],
+                          env={**os.environ, **environment})
     return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
 
 
-######## Steps 1 and 2 ########
+@pytest.fixture(scope="session", autouse=True)
+def folder(tmp_path_factory):
+    """The tests never see the folder in which they were started: a trained model may lie there."""
+    os.environ["TEST_FOLDER"] = str(tmp_path_factory.mktemp("folder"))
+    before = os.getcwd()
+    os.chdir(os.environ["TEST_FOLDER"])
+    yield
+    os.chdir(before)
+
+
+######## The file ########
+
+def test_the_file_can_be_read():
+    """The tutorial stays short, the file too, and no line is too wide for a screen."""
+    rows = SOURCE.split("\n")
+    code = rows[:next(i for i, row in enumerate(rows) if row.startswith('PAGE = r"""'))]
+    end = next(i for i, row in enumerate(rows) if "The tutorial ends here" in row)
+    assert end <= TUTORIAL_LINES and len(rows) <= ALL_LINES
+    assert [row for row in code if len(row) > 100] == []
+
+
+TUTORIAL_LINES, ALL_LINES = 920, 2400
+
 
 def test_every_example_in_the_file_is_true():
     """Documentation that is run cannot be wrong: all doctests, Step 1's five facts among them."""
@@ -65,97 +111,65 @@ def test_every_example_in_the_file_is_true():
     assert result.attempted > 40 and result.failed == 0
 
 
-def test_an_untrained_model_knows_nothing():
-    """The first loss is ln(vocabulary): each token is as likely as any other."""
-    torch.manual_seed(0)
-    x, y = next(iter(tinyllm.ProblemStream(Config())))
-    loss = tinyllm.loss_of(TinyLLM(Config()), x, y).item()
-    assert abs(loss - math.log(len(tinyllm.VOCAB))) < 0.15
-
-
-def test_config_explains_itself():
-    """A size that cannot work is refused with a sentence, not with a stack of shapes."""
-    with pytest.raises(InputError, match="multiple of"):
-        Config(head_dim=20)
-    with pytest.raises(InputError, match="n_layer 0"):
-        Config(n_layer=0)
-    with pytest.raises(InputError, match="add sub mul div expr algebra"):
-        Config(kinds="add calculus")
+def test_numpy_shares_memory():
+    """Fact 2, where NumPy is installed: neither way of turning one into the other copies anything."""
+    numpy = pytest.importorskip("numpy")
+    tensor = torch.ones(2)
+    array = tensor.numpy()
+    array += 1
+    assert tensor.tolist() == torch.from_numpy(array).tolist() == numpy.array([2.0, 2.0]).tolist()
 
 
 ######## Step 3: the model ########
 
-@pytest.mark.parametrize("kind", tinyllm.KINDS)
 @pytest.mark.parametrize("ones_first", [True, False])
-def test_tokenizer_round_trip(kind, ones_first):
+def test_tokenizer_round_trip(ones_first):
     """Nothing is lost between text and tokens."""
-    for line in lines(kind, 200):
+    for line in (line for kind in tinyllm.KINDS for line in lines(kind, 200)):
         assert decode(encode(line, ones_first), ones_first) == line
 
 
 def test_numbers_are_read_from_the_ones_place():
-    """The tokens of 408 are 8, 0, 4, those of 48x^2 are 2, ^, x, 8, 4; signs and brackets stay where they are."""
+    """The tokens of 408 are 8, 0, 4, those of 48x^2 are 2, ^, x, 8, 4; signs stay where they are."""
     assert [tinyllm.VOCAB[i] for i in encode("-408*(12-7)")] == list("-804*(21-7)")
     assert [tinyllm.VOCAB[i] for i in encode("3(48x^2-xy+12)")] == list("3(2^x84-yx+21)")
     assert encode("408", ones_first=False) == encode("804")
 
 
 def test_addresses_know_no_future():
-    """The address of a token does not depend on it or on what follows, and no two tokens of a line share one."""
-    for kind in tinyllm.KINDS:
-        ids = torch.tensor([encode(line)[:60] + [0] * (60 - len(line)) for line in lines(kind, 50)])
-        for whole, part in zip(tinyllm.positions(ids), tinyllm.positions(ids[:, :17])):
-            assert torch.equal(whole[:, :18], part)
-        addresses = torch.stack(tinyllm.positions(ids), -1).tolist()                   # (B, T + 1, 3)
-        assert all(len(set(map(tuple, row))) == 61 for row in addresses)
+    """An address depends on what stands before it alone, and no two tokens of a line share one."""
+    for line in (line for kind in tinyllm.KINDS for line in lines(kind, 50)):
+        addresses = tinyllm.find_addresses(encode(line))
+        assert addresses[:10] == tinyllm.find_addresses(encode(line)[:9])[:len(addresses)]
+        assert len({address[1:] for address in addresses}) == len(line) + 1
 
 
 def test_places_have_gaps_in_training():
-    """Each row has a numbering of its own, in which equal places stay equal and higher ones higher; a third has no gaps."""
-    torch.manual_seed(0)
-    place = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 5]] * 3000)
-    new = tinyllm.with_gaps(place, 3)
-    assert torch.equal(new[:, :4], new[:, 4:8]) and (new[:, 0] == 1).all()
-    assert set((new[:, 5:] - new[:, 4:-1]).flatten().tolist()) == {1, 2, 3}
-    plain = (new == place).all(1).float().mean().item()
-    assert 0.33 < plain < 0.45                       # largest gap 1: always; 2: one in 16; 3: one in 81
-    assert torch.equal(tinyllm.with_gaps(place, 1), place)
-
-
-def test_gaps_are_for_training_alone():
-    """In training mode two passes differ, as the gaps do; a model in use is certain; without gaps there is no difference."""
-    ids = torch.tensor([encode("123*456=")] * 8)
-    model = small_model()
-    assert torch.equal(model(ids), model(ids)) and (model(ids) == model(ids)[0]).all()
-    assert not torch.allclose(model.train()(ids), model(ids), atol=1e-3)
-    plain = small_model(gap=1)
-    assert torch.equal(plain(ids), plain.train()(ids))
-
-
-def test_half_the_bits_are_enough():
-    """Where the processor is fast with bfloat16, the loss of a batch is that of float32 but for rounding."""
-    torch.manual_seed(0)
-    model = small_model()
-    x, y = next(iter(tinyllm.ProblemStream(Config(**SMALL, batch_tokens=512))))
-    exact = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
-    assert abs(tinyllm.loss_of(model, x, y).item() / exact.item() - 1) < 0.02
-    assert not tinyllm.has_fast_bfloat16("mps")
+    """Each line numbers its places in its own way: equal ones stay equal, higher ones higher; a part
+    of the lines has no gaps."""
+    rng = random.Random(0)
+    addresses = tinyllm.find_addresses(encode("1234+12345"))
+    new = [[place for *_, place in tinyllm.with_gaps(addresses, 3, rng)] for _ in range(3000)]
+    assert all(row[:5] == row[5:10] and row[0] == 1 for row in new)
+    assert {b - a for row in new for a, b in zip(row[5:], row[6:])} == {1, 2, 3}
+    assert 0.33 < sum(row[5:] == [1, 2, 3, 4, 5, 6] for row in new) / 3000 < 0.45
+    assert tinyllm.with_gaps(addresses, 1, rng) == addresses
 
 
 def test_rope_depends_on_distance_alone():
     """Moving query and key by the same number of columns does not change how well they agree."""
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 32).expand(2, 50, 32)
-    turns = tinyllm.rotations(torch.arange(50), 16, 1000)
-    scores = tinyllm.rotate(q, turns) @ tinyllm.rotate(k, turns).T                     # (50, 50)
+    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 50, 1, 32)
+    turns = tinyllm.rotations(torch.arange(50)[None], 16, 1000).unsqueeze(2)
+    scores = tinyllm.rotate(q, turns)[0, :, 0] @ tinyllm.rotate(k, turns)[0, :, 0].T             # (50, 50)
     for distance in (0, 1, 7):
         diagonal = scores.diagonal(distance)
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
     assert not torch.allclose(scores[0, 0], scores[0, 7], atol=1e-2)
 
 
-def test_attention_written_out_is_what_the_model_runs():
-    """The formula of Step 3-3, which the model runs, is PyTorch's fused attention; for one cached token as well."""
+def test_attention_is_pytorchs():
+    """The formula of Step 3-3, which the model runs, is PyTorch's; for one cached token as well."""
     q, k, v = torch.randn(3, 2, 4, 9, 16)
     y, weights = tinyllm.attention(q, k, v)
     assert torch.allclose(y, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
@@ -164,9 +178,10 @@ def test_attention_written_out_is_what_the_model_runs():
     assert torch.allclose(tinyllm.attention(q[:, :, -1:], k, v)[0], last, atol=1e-5)
 
 
-def test_causality():
+@pytest.mark.parametrize("place", [True, False])
+def test_causality(place):
     """A later token changes no earlier logit: the model cannot read the answer it is asked for."""
-    model = small_model()
+    model = small_model(place=place)
     ids = torch.tensor([encode("12*34=12*30+12*4")])
     changed = ids.clone()
     changed[0, 9] = encode("7")[0]
@@ -175,48 +190,25 @@ def test_causality():
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
 
 
-def test_cache_changes_nothing():
-    """Keys and values that are kept give the logits of the whole row, column by column."""
-    model = small_model()
-    ids = torch.tensor([encode("12*34=12*30+12*4"), encode("987-6543=-5556+1")])
-    cache = [[] for _ in model.blocks]
-    one_by_one = torch.cat([model(ids[:, :t], cache) for t in range(1, ids.shape[1] + 1)], dim=1)
-    assert torch.allclose(one_by_one, model(ids), atol=1e-3)
-
-
 ######## Step 4: the data ########
 
-def to_fraction(step):
-    """The exact value of a step by Python's own parser: a second opinion, independent of tinyllm.parse."""
-    assert re.fullmatch("[-+*/()0-9]+", step)
-    return eval(re.sub("([0-9]+)", r"Fraction(\1)", step), {"Fraction": Fraction})
-
-
-NUMERIC = [kind for kind in tinyllm.KINDS if kind != "algebra"]
-
-
-@pytest.mark.parametrize("kind", NUMERIC)
-def test_every_generated_line_is_true(kind):
-    """10,000 lines of each kind: every step equals the problem, the last one is simple, and it fits the model."""
-    for line in lines(kind, 10_000):
-        problem, *steps = line.split("=")
-        right = to_fraction(problem)
-        assert steps and all(to_fraction(step) == right for step in steps), line
-        assert re.fullmatch(r"-?[0-9]+([+-][0-9]+/[0-9]+)?|-?[0-9]+/[0-9]+", steps[-1]), line
-        assert tinyllm.check(line) == (True, True), line
-        assert len(line) < Config().block_size, line
-        assert to_fraction(steps[-1]) == int(right) or Fraction(right).denominator > 1
+def to_fraction(stage):
+    """The exact value by Python's own parser: a second opinion."""
+    assert re.fullmatch("[-+*/()0-9]+", stage)
+    return eval(re.sub("([0-9]+)", r"Fraction(\1)", stage), {"Fraction": Fraction})
 
 
 class Polynomial(dict):
-    """Letters -> factor, as in {"xx": 1, "": -4} for x^2-4; just enough arithmetic for a second opinion."""
+    """Letters -> factor, {"xx": 1, "": -4} for x^2-4; just enough arithmetic for a second opinion."""
     def __add__(self, other):
-        total = {m: self.get(m, 0) + other.get(m, 0) for m in {*self, *other}}
-        return Polynomial({m: n for m, n in total.items() if n})
+        return Polynomial({m: self.get(m, 0) + other.get(m, 0) for m in {*self, *other}})
 
     def __mul__(self, other):
-        products = (Polynomial({"".join(sorted(m + k)): a * b}) for m, a in self.items() for k, b in other.items())
-        return sum(products, Polynomial())
+        total = Polynomial()
+        for m, a in self.items():
+            for k, b in other.items():
+                total += Polynomial({"".join(sorted(m + k)): a * b})
+        return total
 
     def __neg__(self):
         return self * Polynomial({"": -1})
@@ -225,217 +217,164 @@ class Polynomial(dict):
         return self + -other
 
     def __pow__(self, exponent):
-        return self * self if exponent == 2 else None
+        return self * self
 
 
-def to_polynomial(step):
-    """The exact polynomial of a step by Python's own parser, independent of tinyllm.parse."""
-    assert re.fullmatch("[-+*()0-9xy^]+", step) and "^2" in step or "^" not in step
-    tokens = re.findall(r"\^2|[0-9]+|.", step)
-    python = []
-    for before, token in zip([""] + tokens, tokens):
-        if token in ("x", "y", "(") and re.fullmatch(r"[0-9]+|[xy)]|\^2", before):
-            python.append("*")
-        python.append({"^2": "**2"}.get(token, f'P({{"": {token}}})' if token.isdigit() else token))
-    return eval("".join(python), {"P": Polynomial, "x": Polynomial(x=1), "y": Polynomial(y=1)})
+def to_polynomial(stage):
+    """The exact polynomial by Python's own parser."""
+    python = re.sub(r"(?<=[0-9xy)])(?=[xy(])", "*", stage.replace("^2", "**2").replace("2(", "2*("))
+    python = re.sub(r"(?<!\*\*)(?<![0-9])([0-9]+)", r'P({"": \1})', python)
+    total = eval(python, {"P": Polynomial, "x": Polynomial(x=1), "y": Polynomial(y=1)})
+    return {letters: n for letters, n in total.items() if n}
 
 
-def test_every_line_with_letters_is_true():
-    """10,000 lines: every step is the same polynomial as the problem, and the answer is in canonical order."""
-    zero = forms = 0
-    for i, line in enumerate(lines("algebra", 10_000)):
-        problem, *steps = line.split("=")
-        right = {m: n for m, n in to_polynomial(problem).items() if n}
-        assert steps and all({m: n for m, n in to_polynomial(step).items() if n} == right for step in steps), line
-        assert len(line) < Config().block_size and (i % 10 or tinyllm.check(line) == (True, True)), line
-        found = re.findall(r"(\d*)((?:[xy](?:\^2)?)+)|(\d+)", steps[-1])
-        order = [tinyllm.MONOMIALS.index(re.sub(r"(.)\^2", r"\1\1", letters)) for _, letters, _ in found]
-        assert order == sorted(set(order)) and not re.search("(?<![0-9])1[xy]|[+]-|[-]-", line), line
-        zero += steps[-1] == "0"
-        forms += "^2" in problem.split(")")[-1]
-    assert zero > 20 and forms > 500
-
-
-def test_nine_points_are_a_proof():
-    """Two steps that agree at x, y = 0, 1, 2 agree everywhere; one wrong factor anywhere is noticed."""
-    assert tinyllm.is_true("(x+y)^2=x^2+2xy+y^2") and tinyllm.is_true("x-x=0")
-    for wrong in ("x^2+xy+y^2", "x^2+2xy+y^2+1", "x^2+2xy-y^2", "2x^2+2xy+y^2", "x^2+2xy+y^2+x", "0"):
-        assert not tinyllm.is_true(f"(x+y)^2={wrong}")
-
-
-def test_answers_are_in_lowest_terms():
-    """A mixed number is simple only with a proper fraction that cannot be cancelled."""
-    assert all(tinyllm.is_simple(text) for text in ("5", "-5", "0", "1/2", "-1/2", "3+1/2", "-3-1/2"))
-    assert not any(tinyllm.is_simple(text) for text in ("2/4", "5/2", "3+2/4", "3+5/2", "4/2", "1+2", "2*3", "", "1+", "5/0"))
+@pytest.mark.parametrize("kind", tinyllm.KINDS)
+def test_every_generated_line_is_true(kind):
+    """Every stage is worth what the problem is worth, by a second opinion; the last one is an answer;
+    the line fits the model; and no problem that is drawn is called outside of what is drawn."""
+    second_opinion = to_polynomial if kind == "algebra" else to_fraction
+    for line in lines(kind, 10_000 if SLOW else 1_000):
+        problem, *stages = line.split("=")
+        right = second_opinion(problem)
+        assert stages and all(second_opinion(stage) == right for stage in stages), line
+        assert tinyllm.check(line) == (True, True) and len(line) < Config().block_size, line
+        assert tinyllm.kind_of(problem) == kind and not tinyllm.is_outside(problem, Config()), line
 
 
 @pytest.mark.parametrize("line", [
     "(12+3)*4-6=15*4-6=60-6=54",
     "345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315",
     "27*345=20*345+7*345=6000+900+(2100+315)=6900+2415=9315",
-    "345*276=345*200+345*70+345*6=60000+9000+(21000+3150)+(1800+270)=69000+24150+2070=93150+2070=95220",
+    "2345*7=14000+(2100+315)=14000+2415=16415",
     "16*8=128",
-    "-12*34=-(12*30+12*4)=-(360+48)=-408",
+    "-12*34=-(12*34)=-(12*30+12*4)=-(360+48)=-408",
+    "-3*(-4)=3*4=12", "5-(-9)=5+9=14", "-(-4)=4", "0*(-7)=0",
     "1831/23=70+(1831-1610)/23=70+221/23=70+8+(221-184)/23=78+37/23=78+1+(37-23)/23=79+14/23=79+2*7/23=79+14/23",
-    "96/32=2+(96-64)/32=2+32/32=2+1=3",
-    "1400/40=30+(1400-1200)/40=30+200/40=30+5+(200-200)/40=35+0/40=35+0=35",
-    "162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7",
-    "56/7=8",
+    "56/7=8+(56-56)/7=8+0/7=8", "23/23=1",
     "5-1831/23=5-70-(1831-1610)/23=-65-221/23=-65-8-(221-184)/23=-73-37/23=-73-1-(37-23)/23=-74-14/23=-74-2*7/23=-74-14/23",
     "10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2",
-    "4/8=2*2/(2*2*2)=1/2",
-    "48/84=2*2*2*2*3/(2*2*3*7)=2*2/7=4/7",
-    "-4/6=-2*2/(2*3)=-2/3",
-    "3/8=3/(2*2*2)=3/8",
-    "3/7=3/7",
-    "(36/9)-31=4-31=-27",
-    "5=5",
-    "-(3+4)*2=-7*2=-14",
-    "-7/2=-3-(7-6)/2=-3-1/2",
-    "2*(4-7)=2*(-3)=-6",
+    "-7/2=-(7/2)=-3-(7-6)/2=-3-1/2",
+    "48/84=2*2*2*2*3/(2*2*3*7)=2*2*2*3/(2*3*7)=2*2*3/(3*7)=2*2/7=4/7",
+    "-4/6=-2*2/(2*3)=-2/3", "3/8=3/(2*2*2)=3/8", "3/7=3/7", "5=5",
+    "2*(4-7)=2*(-3)=-(2*3)=-6",
     "8x+3-5y+2x-7=8x+2x-5y+3-7=10x-5y-4",
     "3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11",
-    "(x+2)(x-3)=x^2-3x+2x-6=x^2-x-6",
-    "(x+1)^2=x^2+x+x+1=x^2+2x+1",
+    "(x+1)-2=x+1-2=x-1",
     "(2x-1)^2=4x^2-2x-2x+1=4x^2-4x+1",
-    "-(x-2)=-x+2",
-    "3x-3x=0x=0",
-    "5x-5x+2x-y+1=0x+2x-y+1=2x-y+1",
+    "3x-3x=0x=0", "5x-5x+2x-y+1=0x+2x-y+1=2x-y+1", "8x-(-5x)=8x+5x=13x", "x+2=x+2",
     "(x+y)(y-x)=xy-x^2+y^2-xy=-x^2+xy-xy+y^2=-x^2+0xy+y^2=-x^2+y^2",
-    "x+2=x+2",
 ])
 def test_the_notebook(line):
     """The working a pupil would write, for each rule."""
     assert tinyllm.solve_by_rules(line.split("=")[0]) == line
 
 
-def test_text_and_tree_are_inverse():
-    """Brackets are written where precedence needs them and nowhere else."""
-    for line in lines("expr", 500) + lines("algebra", 500):
-        for step in line.split("=")[1:]:
-            assert tinyllm.to_text(tinyllm.parse(step)) == step
-    assert tinyllm.to_text(tinyllm.parse("((1-(2-3)))")) == "1-(2-3)"
-
-
-@pytest.mark.parametrize("text, words", [
-    ("12+a", "unknown character 'a'.* x and y"), ("12+x\u00b3", "U\\+00B3 SUPERSCRIPT THREE"), ("(1+2", "closing bracket is missing"),
-    ("1+2)", "opening bracket is missing"), ("1+", "at the end"), ("1++2", "character 3"), ("x2", "operator is missing"),
-    ("3^2", "operator is missing"), ("(1+2)\u00b2", "only letters"), ("x^3", "only letters"), ("x*x*x", "more than two letters"),
-    ("(2x+4)/2", "letters cannot be divided"), ("6/2(1+2)", "two ways"), ("(x+1)(", "at the end"),
-    ("", "empty"), ("1 2+3", "space inside a number"), ("1/0", "division by zero"), ("3*(1/(2-2))", "division by zero"),
-    ("1=1", "no '=' inside"), ("(" * 60 + "1" + ")" * 60, "nested deeper"), ("1+" * 200 + "1", "characters"),
-    ("\u0661+1", "unknown character"), ("\ud800", "unknown character"), ("9" * 10_000, "characters"),
-])
-def test_bad_input_is_a_sentence(text, words):
-    """What cannot be read is refused with the reason and the place."""
-    with pytest.raises(InputError, match=words):
-        tinyllm.prepare(text, small_model(block_size=256))
-
-
-@pytest.mark.parametrize("text", ["12*34", " 12 * 34 = ", "12\u00d734", "\uff11\uff12\uff0a\uff13\uff14\uff1d", "012*0034"])
-def test_forgiving_input(text):
-    """Spaces, a trailing =, typographic signs and full-width forms leave no doubt about what is meant."""
-    assert tinyllm.normalize(text) == "12*34"
-
-
-@pytest.mark.parametrize("text, problem", [
-    ("2*x", "2x"), ("x*2", "2x"), ("3 x", "3x"), ("x\u00b2 + \uff58", "x^2+x"), ("(x+2)*(x-3)", "(x+2)(x-3)"), ("2(3+4)", "2*(3+4)"),
-    ("(x+1)*3", "3(x+1)"), ("(36/9)-31", "(36/9)-31"), ("x*y", "xy"), ("-1*(x-2)", "-1(x-2)"),
-])
-def test_letters_are_asked_as_they_were_learned(text, problem):
-    """3*x, x*3 and 3 x are all the 3x of the training data."""
-    assert tinyllm.prepare(text, small_model()) == problem
-
-
-@pytest.mark.parametrize("a, b", [("12+39", "39+12"), ("7*8", "8*7"), ("5-3", "-3+5"), ("(1+2)*3+4", "4+3*(2+1)"),
-                                  ("2*3*4", "4*2*3"), ("9-(2-1)", "9-2+1"), ("6/3+1", "1+6/3"), ("5-3x", "-3x+5"),
-                                  ("(x+2)(x-3)", "(-3+x)(2+x)"), ("(x+1)^2", "(1+x)(x+1)"), ("-2*3+10", "10-3*2")])
+@pytest.mark.parametrize("a, b", [
+    ("12+39", "39+12"), ("7*8", "8*7"), ("5-3", "-3+5"), ("(1+2)*3+4", "4+3*(2+1)"), ("12-39", "39-12"),
+    ("6/3+1", "1+6/3"), ("5-3x", "-3x+5"), ("(x+2)(x-3)", "(-3+x)(2+x)"), ("(x+1)^2", "(1+x)(x+1)")])
 def test_twins_share_their_side(a, b):
-    """Held out means held out: a problem and its mirror image are never on different sides."""
-    assert tinyllm.canonical(tinyllm.parse(a)) == tinyllm.canonical(tinyllm.parse(b))
-    assert tinyllm.is_held_out(a) == tinyllm.is_held_out(b)
+    """A problem and its mirror image are never on different sides, whatever the numbers are."""
+    for shift in range(60):
+        moved = [re.sub("[0-9]+", lambda n: str(int(n[0]) + shift), text.replace("^2", "^")) for text in (a, b)]
+        assert len({tinyllm.is_held_out(text.replace("^", "^2")) for text in moved}) == 1
 
 
 def test_training_never_sees_a_held_out_problem():
     """The stream itself, as it goes into the model, holds no problem of the evaluation, nor its twin."""
-    by_kind = [tinyllm.held_out_problems(kind, 200) for kind in tinyllm.KINDS]
-    assert all(len(set(problems)) == 200 for problems in by_kind)
-    held_out = {tinyllm.canonical(tinyllm.parse(problem)) for problems in by_kind for problem in problems}
-    seen, batches = set(), iter(tinyllm.ProblemStream(Config(kinds=" ".join(tinyllm.KINDS))))
-    for x, _ in (next(batches) for _ in range(128)):
-        for row in x.tolist():
-            problem = decode(row).split("=")[0]
-            assert not tinyllm.is_held_out(problem)
-            seen.add(tinyllm.canonical(tinyllm.parse(problem)))
-    assert len(held_out) > 1190 and len(seen) > 2000 and not seen & held_out
+    def twin(problem):
+        written_out = re.sub(r"(\([^()]*\)|[xy])\^2", r"\1\1", problem)
+        return tuple(sorted(re.findall("[0-9]+|[^0-9()+]", written_out)))
+
+    asked = [problem for kind in tinyllm.KINDS for problem in tinyllm.held_out_problems(kind, 200)]
+    held_out = set(map(twin, asked))
+    seen = {decode(row).split("=")[0] for x, _, _ in batches(Config(), 128) for row in x.tolist()}
+    assert len(set(asked)) == 1200 and len(seen) > 2000
+    assert not any(map(tinyllm.is_held_out, seen)) and not held_out & set(map(twin, seen))
 
 
-def test_split_is_the_same_everywhere():
-    """The split is a property of the text: these stay on their sides on every machine and version, for ever."""
-    sides = "".join(str(int(tinyllm.is_held_out(f"{a}*{b}"))) for a in range(10) for b in range(10))
-    assert sides == "1010000000000000010010010000000010100010000100000000000000000000000000010000000000010000000000000000"
+def test_lengths_are_even():
+    """Short numbers are as common as long ones, and one problem in ten is held out."""
+    rng = random.Random(0)
+    problems = [tinyllm.KINDS["sub"].draw(rng, 10) for _ in range(5000)]
+    lengths = [len(re.findall("[0-9]+", problem)[0]) for problem in problems]
+    assert all(400 < lengths.count(n) < 600 for n in range(2, 11))
+    assert 0.08 < sum(map(tinyllm.is_held_out, problems)) / 5000 < 0.12
 
 
 @pytest.mark.parametrize("kind", ["expr", "algebra"])
 def test_practice_is_harder_than_the_test(kind):
-    """Training draws more of what is hard than the evaluation asks, from the same problems."""
-    def mean_size(practice):
-        problems = [tinyllm.KINDS[kind].draw(random.Random(i), 4, practice) for i in range(1000)]
-        assert max(tinyllm.kind_and_size(problem)[1] for problem in problems) <= 4
-        return sum(tinyllm.kind_and_size(problem)[1] for problem in problems) / 1000
-    assert mean_size(True) > mean_size(False) + 0.2
+    """Training draws more of what is hard than the evaluation asks."""
+    size, rng = tinyllm.KINDS[kind].size, random.Random(0)
+    practised, asked = [sum(size(tinyllm.draw_problem(kind, rng, held_out)) for _ in range(1000)) / 1000
+                        for held_out in (False, True)]
+    assert practised > asked + 0.1
 
 
-def test_lengths_are_even():
-    """Short numbers are as common as long ones; carries, borrows and negative results are common too."""
+def own_kind():
+    """The example at the end of Step 4-1, as a reader would switch it on."""
+    comment = SOURCE[SOURCE.index("# def draw_fractions"):SOURCE.index("######## Step 4-2")]
+    exec(re.sub("^# ?", "", comment, flags=re.M), vars(tinyllm))
+
+
+def test_a_kind_of_your_own(monkeypatch, tmp_path):
+    """Those lines are all: lines are drawn and checked, a spoilt one is caught, and a batch is learned."""
+    monkeypatch.setattr(tinyllm, "KINDS", {})
+    own_kind()
     rng = random.Random(0)
-    problems = [tinyllm.draw_problem("sub", rng, False) for _ in range(2000)]
-    lengths = [len(re.findall("[0-9]+", problem)[0]) for problem in problems]
-    assert all(150 < lengths.count(n) < 260 for n in range(2, 11))
-    assert 0.3 < sum(to_fraction(problem) < 0 for problem in problems) / 2000 < 0.7
+    for _ in range(100):
+        problem = tinyllm.draw_problem("frac", rng, held_out=False)
+        line = tinyllm.solve_by_rules(problem)
+        assert tinyllm.check(line) == (True, True) and to_fraction(line.split("=")[-1]) == to_fraction(problem)
+        assert tinyllm.check(re.sub("[0-9]$", lambda d: str((int(d[0]) + 1) % 10), line))[0] is False, line
+    assert tinyllm.solve_by_rules("1/2+1/3") == "1/2+1/3=3/6+2/6=5/6"
+    train(Config(**SMALL, kinds="frac", steps=2), tmp_path / "frac.pt")
 
 
 def test_x_y_and_what_counts():
-    """y is x one token later, and only what stands after the first = counts."""
+    """y is x one token later, and only what stands behind the first = counts."""
     x, y = tinyllm.to_example("12*34=360+48=408")
     whole = encode("12*34=360+48=408\n")
     assert x == whole[:-1] and y == [-100] * 5 + whole[6:]
 
 
 def test_batches_hold_whole_lines_and_little_padding():
-    """Rows of a batch are of like length, about batch_tokens in all; hardly any of it is padding."""
-    batches = iter(tinyllm.ProblemStream(Config(), progress=lambda batch: 1.0))
-    sizes, padding, shapes = [], 0, set()
-    for x, y in (next(batches) for _ in range(64)):
-        sizes.append(x.numel())
-        padding += x.numel() - sum(len(decode(row).split("\n")[0]) for row in x.tolist())
-        assert x.shape == y.shape
-        shapes.add(x.shape)
-    assert 0.9 * 2048 < sum(sizes) / 64 <= 2048 and padding / sum(sizes) < 0.1
-    assert len(shapes) < 45                          # few, so that PyTorch meets them again
+    """Rows of a batch are of like length, about batch_tokens in all, each with its addresses."""
+    n_tokens = n_padding = 0
+    for x, addresses, y in batches(Config(gap=1), 64, step=11000):
+        assert x.shape == y.shape and addresses.shape == (len(x), x.shape[1] + 1, 4)
+        row = decode(x[0].tolist()).split("\n")[0]
+        assert addresses[0, :len(row) + 1].tolist() == [list(a) for a in tinyllm.find_addresses(encode(row))]
+        n_tokens += x.numel()
+        n_padding += sum(x.shape[1] - len(decode(ids).split("\n")[0]) for ids in x.tolist())
+    assert 0.9 * 2048 < n_tokens / 64 <= 2048 and n_padding / n_tokens < 0.1
 
 
 def test_small_problems_come_first():
-    """The curriculum: pools early in the run hold mostly small problems, later ones all sizes."""
-    def mean_size(pool):
-        sizes = [tinyllm.kind_and_size(decode(x).split("=")[0])[1] for _, batch in pool for x, _ in batch]
-        return sum(sizes) / len(sizes)
-    stream = tinyllm.ProblemStream(Config())
-    assert mean_size(stream.pool(0)) < 0.6 * mean_size(stream.pool(120))
+    """The curriculum: batches early in the run hold mostly short lines, later ones all lengths."""
+    def mean_length(step):
+        return sum(x.shape[1] for x, _, _ in batches(Config(), 64, step)) / 64
+    assert mean_length(0) < 0.75 * mean_length(6400)
 
 
 def test_the_stream_can_start_anywhere():
-    """Batch number n is the same whether the run got there in one go or was resumed; another seed is another stream."""
-    whole = iter(tinyllm.ProblemStream(Config()))
-    for _ in range(70):
-        expected = next(whole)
-    resumed = next(iter(tinyllm.ProblemStream(Config(), start=69)))
+    """Batch n is the same whether the run got there in one go or was resumed; another seed is another."""
+    expected, resumed = batches(Config(), 70)[-1], batches(Config(), 1, step=69)[0]
+    other = batches(Config(seed=1), 1, step=69)[0]
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
-    other = next(iter(tinyllm.ProblemStream(Config(seed=1), start=69)))
     assert expected[0].shape != other[0].shape or not torch.equal(expected[0], other[0])
 
 
 ######## Step 5: training ########
+
+def test_an_untrained_model_knows_nothing():
+    """The first loss is ln 21: each token is as likely as any other. Half the bits change little."""
+    torch.manual_seed(0)
+    x, addresses, y = batches(Config(), 1)[0]
+    model = TinyLLM(Config())
+    loss = tinyllm.loss_of(model, x, addresses, y).item()
+    exact = F.cross_entropy(model(x, addresses).flatten(0, 1), y.flatten(), ignore_index=-100).item()
+    assert abs(loss - math.log(21)) < 0.15 and abs(loss / exact - 1) < 0.02
+
 
 def test_one_batch_is_learned_by_heart():
     """The first thing to try with any network: if it cannot overfit one batch, something is broken."""
@@ -443,18 +382,12 @@ def test_one_batch_is_learned_by_heart():
     config = Config(n_layer=2, n_head=2, n_embd=64, batch_tokens=256)
     model = TinyLLM(config)
     optimizers = tinyllm.make_optimizers(model, config)
-    x, y = next(iter(tinyllm.ProblemStream(config)))
-    for _ in range(200):
-        loss = tinyllm.loss_of(model, x, y)
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert loss.item() < 0.02
+    batch = batches(config, 1)[0]
+    assert min(tinyllm.learn(model, optimizers, *batch) for _ in range(200)) < 0.02
 
 
 def test_every_weight_is_trained_once():
-    """Muon and AdamW share the parameters between them: none twice, none forgotten; without Muon AdamW has all."""
+    """Muon and AdamW share the weights: none twice, none forgotten; without Muon AdamW has all."""
     for config in (Config(**SMALL), Config(**SMALL, muon=False)):
         model = TinyLLM(config)
         trained = [p for optimizer in tinyllm.make_optimizers(model, config)
@@ -463,7 +396,7 @@ def test_every_weight_is_trained_once():
 
 
 def test_muon_is_pytorchs():
-    """Our Muon takes the steps of torch.optim.Muon, which rounds to bfloat16: tall, wide and square matrices, three steps."""
+    """Our Muon takes the steps of torch.optim.Muon, which rounds to bfloat16; zeros stay zeros."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (8, 8))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -478,129 +411,110 @@ def test_muon_is_pytorchs():
             optimizer.step()
     for a, b, start in zip(ours, theirs, before):
         assert (a - b).norm() < 0.02 * (b - start).norm()
-
-
-def test_an_orthogonal_step_is_as_long_in_all_directions():
-    """Singular values from 0.003 to 1 come out between 0.6 and 1.3, and a gradient of zeros stays one."""
-    torch.manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(n, 6)).Q for n in (20, 10))
-    matrix = left @ torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.03, 0.01, 0.003])) @ right.T       # (20, 10)
-    made = tinyllm.orthogonal(matrix)
-    lengths = torch.diag(left.T @ made @ right)
-    assert 0.6 < lengths.min() and lengths.max() < 1.3
-    assert torch.allclose(left @ torch.diag(lengths) @ right.T, made, atol=2e-3)                 # the same directions
     assert not tinyllm.orthogonal(torch.zeros(4, 6)).any()
 
 
 @pytest.fixture
 def only_short_sums(monkeypatch):
     """Sums of two numbers of one or two digits, and nothing else."""
-    def draw(rng, top, practice):
+    def draw(rng, top):
         return f"{rng.randrange(10 ** top)}+{rng.randrange(10 ** top)}"
-    monkeypatch.setattr(tinyllm, "KINDS", {"add": tinyllm.Kind(draw, range(1, 3), 1.0)})
+    kind = dataclasses.replace(tinyllm.KINDS["add"], draw=draw, sizes=range(1, 3), practice={})
+    monkeypatch.setattr(tinyllm, "KINDS", {"add": kind})
 
 
 def test_a_small_model_learns_addition(only_short_sums, tmp_path):
-    """From nothing to 100% of the held-out one-digit sums, which it never saw, in half a minute."""
-    began = time.perf_counter()
+    """From nothing to 100% of the held-out one-digit sums, which it never saw."""
     config = Config(n_layer=2, n_head=4, head_dim=16, n_embd=64, steps=1000, batch_tokens=512, kinds="add")
-    model = tinyllm.train(config, str(tmp_path / "model.pt"), report=lambda text: None)
     problems = tinyllm.held_out_problems("add", 10, size=1)
     before = tinyllm.evaluate(TinyLLM(config).eval(), problems)
-    after = tinyllm.evaluate(model, problems)
+    after = tinyllm.evaluate(train(config, tmp_path / "model.pt"), problems)
     assert len(problems) > 3 and before["answers"] == 0
     assert after["answers"] == after["workings"] == len(problems), after["wrong"]
-    assert time.perf_counter() - began < 60          # 8 s on a quiet machine
 
 
 @slow
-def test_the_default_model_learns_every_kind(tmp_path, monkeypatch):
-    """A fifth of the default run answers most held-out sums, many longer than any it saw, and something of every kind."""
-    monkeypatch.setattr(tinyllm.Monitor, "N_PROBLEMS", 3)                                        # its rows are not asked for
-    model = tinyllm.train(Config(steps=2150), str(tmp_path / "model.pt"), report=lambda text: None)
-    right = {kind: tinyllm.evaluate(model, tinyllm.held_out_problems(kind, 200, seed=2))["answers"] / 200
-             for kind in tinyllm.KINDS}
-    right["12 digits"] = tinyllm.evaluate(model, tinyllm.held_out_problems("add", 200, size=12))["answers"] / 200
+def test_the_default_model_learns_every_kind(tmp_path):
+    """A fifth of the default run answers most held-out sums, many longer than any it saw, and
+    something of every kind."""
+    model = train(Config(steps=2150), tmp_path / "model.pt")
+    asked = {kind: tinyllm.held_out_problems(kind, 200) for kind in tinyllm.KINDS}
+    asked["12 digits"] = tinyllm.held_out_problems("add", 200, size=12)
+    right = {name: tinyllm.evaluate(model, problems)["answers"] / 200 for name, problems in asked.items()}
     assert right["add"] > 0.7 and right["12 digits"] > 0.4 and min(right.values()) > 0.1, right
 
 
+def resume(path):
+    """Go on with the run in a file."""
+    model, state = tinyllm.load_checkpoint(path)
+    optimizers = tinyllm.make_optimizers(model, model.config)
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return train(model.config, path, state["progress"], model, optimizers)
+
+
 def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):
-    """Stopped after 0 or 20 of 40 steps and resumed, a run ends with bit for bit the weights of one that never stopped."""
-    monkeypatch.setattr(tinyllm.Monitor, "N_PROBLEMS", 3)
+    """Stopped at step 20 of 40 and resumed, a run ends with bit for bit the same weights."""
     config = Config(**SMALL, steps=40, batch_tokens=128, kinds="add")
-    whole = tinyllm.train(config, str(tmp_path / "whole.pt"), report=lambda text: None)
-    path = tmp_path / "half.pt"
+    whole = train(config, tmp_path / "whole.pt")
     save = tinyllm.save_checkpoint
 
-    def save_and_stop(*args):
-        save(*args)
-        if args[3] == 20:
+    def save_and_stop(path, model, optimizers, progress):
+        save(path, model, optimizers, progress)
+        if progress["step"] == 20:
             raise KeyboardInterrupt
     monkeypatch.setattr(tinyllm, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        tinyllm.train(config, str(path), report=lambda text: None)
+        train(config, tmp_path / "half.pt")
     monkeypatch.setattr(tinyllm, "save_checkpoint", save)
-    half = tinyllm.read_checkpoint(path)
-    assert half["step"] == 20
-    resumed = tinyllm.train(Config(**half["config"]), str(path), resume=half, report=lambda text: None)
-    torch.manual_seed(config.seed)
-    tinyllm.save_checkpoint(path, TinyLLM(config))   # what the command saves before the first step
-    begun = tinyllm.train(config, str(path), resume=tinyllm.read_checkpoint(path), report=lambda text: None)
-    for (name, a), b, c in zip(whole.state_dict().items(), resumed.state_dict().values(), begun.state_dict().values()):
-        assert torch.equal(a, b) and torch.equal(a, c), name
+    resumed = resume(tmp_path / "half.pt")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
 
 
 def test_saved_and_loaded_it_gives_the_same_answers(tmp_path):
-    """A checkpoint is the whole model."""
+    """A checkpoint is the whole model, and any user may read it who may read other new files."""
     model, path = small_model(), tmp_path / "model.pt"
     tinyllm.save_checkpoint(path, model)
+    (tmp_path / "other").write_bytes(b"")
     problems = [line.split("=")[0] for line in lines("mul", 20)]
-    assert tinyllm.solve(tinyllm.load_checkpoint(path), problems) == tinyllm.solve(model, problems)
-    assert os.listdir(tmp_path) == ["model.pt"]
-
-
-def damaged_checkpoints(good, folder):
-    """Every way in which a file can be no checkpoint of ours: name -> bytes."""
-    data, checkpoint = good.read_bytes(), torch.load(good)
-    files = {"empty.pt": b"", "text.pt": b"hello" * 100, "random.pt": random.Random(0).randbytes(5000)}
-    files.update({f"cut{i}.pt": data[:len(data) * i // 21] for i in range(1, 21)})
-    weights = checkpoint["model"]
-    for name, value in {
-        "evil.pt": {"format": 1, "x": Evil(folder / "ran")},
-        "list.pt": [1, 2, 3],
-        "config.pt": {**checkpoint, "config": {"n_layer": "many"}},
-        "shapes.pt": {**checkpoint, "config": {**checkpoint["config"], "n_embd": 64}},
-        "half.pt": {**checkpoint, "model": dict(list(weights.items())[:5])},
-        "newer.pt": {**checkpoint, "format": 99, "config": {"a_new_idea": 1}},
-        "letters.pt": {**checkpoint, "vocabulary": "abc"},
-        "nan.pt": {**checkpoint, "model": {name: tensor * float("nan") for name, tensor in weights.items()}},
-    }.items():
-        torch.save(value, folder / "some.pt")
-        files[name] = (folder / "some.pt").read_bytes()
-    return files
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    """Missing, empty, cut off anywhere, foreign, newer, of other shapes, NaN, or a pickle that would run code: a sentence each."""
-    good = tmp_path / "good.pt"
-    tinyllm.save_checkpoint(good, small_model())
-    for name, data in damaged_checkpoints(good, tmp_path).items():
-        (tmp_path / name).write_bytes(data)
-        words = {"newer.pt": "another version", "letters.pt": "another version", "nan.pt": "not numbers"}.get(name, "damaged")
-        with pytest.raises(InputError, match=f"{name} .*{words}"):
-            tinyllm.load_checkpoint(tmp_path / name)
-    with pytest.raises(InputError, match="there is no checkpoint"):
-        tinyllm.load_checkpoint(tmp_path / "missing.pt")
-    assert not (tmp_path / "ran").exists()
+    assert tinyllm.solve(tinyllm.load_checkpoint(path)[0], problems) == tinyllm.solve(model, problems)
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["model.pt", "other"]
 
 
 class Evil:
-    """Unpickling this would create a file."""
+    """Unpickling this would create a folder."""
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    """Missing, empty, cut off anywhere, foreign, newer, of other shapes, or a pickle that would run
+    code: a sentence each, and no code is run."""
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    tinyllm.save_checkpoint(good, small_model())
+    data, state = good.read_bytes(), torch.load(good)
+    files = [b"", b"hello" * 100, *(data[:len(data) * i // 11] for i in range(1, 11))]
+    for value in ([1, 2, 3], {**state, "config": {"n_layer": "many"}}, {"x": Evil(tmp_path / "ran")},
+                  {**state, "config": {**state["config"], "n_embd": 64}}, {**state, "model": {}}):
+        torch.save(value, bad)
+        files.append(bad.read_bytes())
+    for file in files:
+        bad.write_bytes(file)
+        with pytest.raises(InputError, match="damaged"):
+            tinyllm.load_checkpoint(bad)
+    torch.save({**state, "format": 99, "config": {"a_new_idea": 1}}, bad)
+    with pytest.raises(InputError, match="another version"):
+        tinyllm.load_checkpoint(bad)
+    with pytest.raises(InputError, match="is not there"):
+        tinyllm.load_checkpoint(tmp_path / "missing.pt")
+    with pytest.raises(InputError, match="may not be read"):
+        tinyllm.load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
@@ -611,14 +525,14 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     model.head.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="keeps the last good state"):
         tinyllm.save_checkpoint(path, model)
-    with pytest.raises(InputError, match="training stopped"):
-        tinyllm.train(Config(**SMALL, steps=50, batch_tokens=128, lr=1e30, adam_lr=1e30), path, report=lambda text: None)
+    with pytest.raises(InputError, match="keeps the last good state"):
+        train(Config(**SMALL, steps=50, batch_tokens=128, lr=1e30, adam_lr=1e30), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits the size of files as Linux and macOS do")
 def test_a_full_disk_loses_nothing(tmp_path):
-    """No room for the new file, or a folder that is not ours: a sentence, status 2, and the old file is whole."""
+    """No room for the new file: a sentence, status 2, and the old file is whole."""
     path = tmp_path / "model.pt"
     tinyllm.save_checkpoint(path, small_model())
     before = path.read_bytes()
@@ -632,110 +546,86 @@ sys.exit(tinyllm.main(["train", "--force", "--steps", "1", "--out", {str(path)!r
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
-def run_that_saves_all_the_time(path, **size):
-    """A process that trains and saves at every step, over and over."""
-    program = f"""import sys
-sys.path.insert(0, {str(HERE)!r})
-import tinyllm
-tinyllm.Monitor.N_PROBLEMS = 0
-tinyllm.Monitor.row = lambda *_: {{}}
-for start in range(10, 10 ** 6, 10):
-    config = tinyllm.Config(**{size!r}, steps=start, batch_tokens=128, kinds="add")
-    resume = tinyllm.read_checkpoint({str(path)!r}) if start > 10 else None
-    tinyllm.train(config, {str(path)!r}, resume=resume, report=lambda text: None)
-    print(start, flush=True)"""
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @slow
 def test_killed_at_any_moment_the_file_is_whole(tmp_path):
-    """SIGKILL at 30 random moments of a run that saves all the time: each time the file loads, and the run can go on."""
-    path, rng, steps = tmp_path / "model.pt", random.Random(0), set()
-    for _ in range(30):
-        process = run_that_saves_all_the_time(path, **SMALL)
-        assert process.stdout.readline() == "10\n", process.stderr.read()
-        time.sleep(rng.random())
+    """SIGKILL at 15 random moments of a run that saves all the time: each time the file loads."""
+    path, rng = tmp_path / "model.pt", random.Random(0)
+    program = [sys.executable, str(HERE / "tinyllm.py"), "train", "--force", "--out", str(path), "--steps", "10",
+               "--kinds", "add", *TINY]
+    for _ in range(15):
+        process = subprocess.Popen(program, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(2 * rng.random())
         process.kill()
         process.wait()
-        checkpoint = tinyllm.read_checkpoint(path)
-        steps.add(checkpoint["step"])
-        config = Config(**{**checkpoint["config"], "steps": checkpoint["step"] + 1})
-        tinyllm.train(config, str(path), resume=checkpoint, report=lambda text: None)
-        assert tinyllm.read_checkpoint(path)["step"] == checkpoint["step"] + 1
-    assert len(steps) > 10                           # the moments did differ
-
-
-@slow
-def test_two_runs_with_one_file_do_not_damage_it(tmp_path):
-    """Two processes save to the same --out at once: whoever comes last wins, and the file is whole at every moment."""
-    path = tmp_path / "model.pt"
-    runs = [run_that_saves_all_the_time(path, **SMALL) for _ in range(2)]
-    try:
-        for run in runs:
-            assert run.stdout.readline() == "10\n"
-        began = time.perf_counter()
-        while time.perf_counter() - began < 5:
-            assert tinyllm.read_checkpoint(path)["step"] > 0
-        assert all(run.poll() is None for run in runs)
-    finally:
-        for run in runs:
-            run.kill()
+        assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] <= 10
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends Ctrl-C as Linux and macOS do")
-def test_ctrl_c_saves(tmp_path):
-    """Ctrl-C while it trains: saved, status 130, and --resume goes on with the next step."""
-    path = tmp_path / "model.pt"
-    program = [sys.executable, str(HERE / "tinyllm.py"), "train", "--out", str(path), "--n_layer", "1", "--n_embd", "16",
-               "--n_head", "2", "--batch_tokens", "128", "--kinds", "add"]
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_saves(tmp_path, presses):
+    """Ctrl-C while it trains, and again and again: saved, status 130, the exact command to go on with,
+    nothing left behind; and --resume goes on with the same budget."""
+    path = tmp_path / "my model.pt"
+    program = [sys.executable, str(HERE / "tinyllm.py"), "train", "--out", str(path), "--minutes", "5",
+               "--kinds", "add", *TINY]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().lstrip().startswith("step"):
         pass
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    for _ in range(presses):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
     _, err = process.communicate(timeout=60)
-    step = tinyllm.read_checkpoint(path)["step"]
-    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err and step > 0
-    status, _, err = command("train", "--resume", "--steps", step + 1, "--out", path)
-    assert status == 0 and tinyllm.read_checkpoint(path)["step"] == step + 1, err
+    progress = tinyllm.load_checkpoint(path)[1]["progress"]
+    assert process.returncode == 130 and f"train --resume --out '{path}'" in err and "Traceback" not in err
+    assert progress["step"] > 0 and progress["minutes"] == 5 and os.listdir(tmp_path) == ["my model.pt"]
+    status, _, err = command("train", "--resume", "--steps", progress["step"] + 1, "--out", path)
+    assert status == 0 and tinyllm.load_checkpoint(path)[1]["progress"]["step"] == progress["step"] + 1, err
 
 
-PART = """import os, sys, torch
+PART = """import sys, torch
 sys.path.insert(0, {here!r})
 import tinyllm
-loss_of, x_and_y = tinyllm.loss_of, []
-def note(model, x, y):
-    x_and_y.append((x, y))
-    return loss_of(model, x, y)
-tinyllm.loss_of = note
+learn, seen = tinyllm.learn, []
+def note(model, optimizers, *batch):
+    seen.append(batch[:3])
+    return learn(model, optimizers, *batch)
+tinyllm.learn = note
 config = tinyllm.Config(**{size!r}, steps=3, batch_tokens=256, gap=1)
-model = tinyllm.train(config, {folder!r} + "/model.pt", report=lambda text: None)
-torch.save((model.state_dict(), x_and_y), {folder!r} + f"/rank{{tinyllm.RANK}}.pt")
+torch.manual_seed(0)
+model = tinyllm.TinyLLM(config)
+tinyllm.fit(model, tinyllm.make_optimizers(model, config), tinyllm.new_progress(), "", None)
+torch.save((model.state_dict(), seen), {folder!r} + f"/rank{{tinyllm.RANK}}.pt")
 """
 
 
 @slow
-def test_two_processes_are_one_run_with_a_larger_batch(tmp_path, monkeypatch):
-    """torchrun: both end with the same weights, those of one process with the joint batches; neither sees a held-out problem."""
-    script = tmp_path / "part.py"
-    script.write_text(PART.format(here=str(HERE), size=SMALL, folder=str(tmp_path)), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
-                          capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_two_processes_are_one_run_with_a_larger_batch(tmp_path):
+    """torchrun: both end with the same weights, those of one process with the joint batches, and they
+    learn from different problems, none of them held out."""
+    (tmp_path / "part.py").write_text(PART.format(here=str(HERE), size=SMALL, folder=str(tmp_path)), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(tmp_path / "part.py")], capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     (a, seen_a), (b, seen_b) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    joint = []
-    for batches in zip(seen_a, seen_b):
-        T = max(x.shape[1] for x, _ in batches)
-        joint.append([torch.cat([F.pad(part, (0, T - part.shape[1]), value=fill) for part in parts])
-                      for parts, fill in zip(zip(*batches), (tinyllm.END, -100))])
-    problems = [{decode(row).split("=")[0] for x, _ in seen for row in x.tolist()} for seen in (seen_a, seen_b)]
-    assert not any(tinyllm.is_held_out(problem) for problem in problems[0] | problems[1])
+    problems = [{decode(row).split("=")[0] for x, _, _ in seen for row in x.tolist()} for seen in (seen_a, seen_b)]
+    assert not any(map(tinyllm.is_held_out, problems[0] | problems[1]))
     assert len(problems[0] & problems[1]) < 0.1 * len(problems[0])
-    monkeypatch.setattr(tinyllm.ProblemStream, "__iter__", lambda self: iter(joint * 2))
     config = Config(**SMALL, steps=3, batch_tokens=256, gap=1)
-    one = tinyllm.train(config, str(tmp_path / "one.pt"), report=lambda text: None).state_dict()
-    assert all(torch.allclose(one[name], a[name], atol=2e-4) for name in a)
+    torch.manual_seed(0)
+    one = TinyLLM(config)
+    optimizers = tinyllm.make_optimizers(one, config)
+    for step, pair in enumerate(zip(seen_a, seen_b)):
+        T = max(x.shape[1] for x, _, _ in pair)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * tinyllm.lr_factor(step, step / 3, config)
+        padded = [(F.pad(x, (0, T - x.shape[1])), F.pad(addresses, (0, 0, 0, T - x.shape[1])),
+                   F.pad(y, (0, T - y.shape[1]), value=-100)) for x, addresses, y in pair]
+        tinyllm.learn(one, optimizers, *map(torch.cat, zip(*padded)))
+    assert all(torch.allclose(one.state_dict()[name], a[name], atol=2e-4) for name in a)
 
 
 @slow
@@ -743,36 +633,33 @@ def test_torchrun_from_the_command_line(tmp_path):
     """`torchrun tinyllm.py train`: one process prints and saves, and the checkpoint is like any other."""
     path = tmp_path / "model.pt"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(HERE / "tinyllm.py"), "train", "--steps", "10", "--out", str(path), "--n_layer", "1", "--n_embd", "16",
-                           "--n_head", "2", "--batch_tokens", "128"], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.count("Before training") == 1 and "2 processes" in done.stdout, done.stderr
-    assert tinyllm.read_checkpoint(path)["step"] == 10
+                           str(HERE / "tinyllm.py"), "train", "--steps", "10", "--out", str(path), *TINY],
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("Before training") == 1, done.stderr
+    assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] == 10
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 def test_a_gpu_gives_the_same_answers(tmp_path):
     """Trained on a GPU in bfloat16, saved, and asked on both: the same text."""
-    path = tmp_path / "model.pt"
-    model = tinyllm.train(Config(steps=30), str(path), device="cuda", report=lambda text: None)
+    model = train(Config(steps=30), tmp_path / "model.pt", model=TinyLLM(Config(steps=30)).cuda())
     problems = tinyllm.held_out_problems("add", 50, size=2)
-    same = [a == b for a, b in zip(tinyllm.solve(model, problems), tinyllm.solve(tinyllm.load_checkpoint(path), problems))]
-    assert sum(same) >= 45                           # near a tie, rounding may choose the other digit
+    other = tinyllm.solve(tinyllm.load_checkpoint(tmp_path / "model.pt")[0], problems)
+    assert sum(a == b for a, b in zip(tinyllm.solve(model, problems), other)) >= 45
 
 
 ######## Step 6: evaluation ########
 
-def test_greedy_decoding_by_hand():
-    """generate, with its cache and its shrinking batch, writes token for token what the plain loop writes."""
+def test_greedy_decoding_in_a_batch():
+    """With a cache, in a batch that shrinks, the same is written token for token as by the plain loop;
+    and `generate` does what its name says."""
     model = small_model()
     prompts = [encode(text) for text in ("1+2=", "12*34=", "7=", "99999-1=")]
-    for prompt, written in zip(prompts, tinyllm.generate(model, prompts, 40)):
-        ids = list(prompt)
-        while len(ids) < 40:
-            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-            if ids[-1] == tinyllm.END:
-                ids.pop()
-                break
-        assert written == ids
+    assert tinyllm.generate_batch(model, prompts, 40) == [tinyllm.generate(model, prompt, 40) for prompt in prompts]
+    ids = prompts[0]
+    for token in tinyllm.generate(model, prompts[0], 40)[len(ids):]:
+        assert model(torch.tensor([ids]))[0, -1].argmax() == token != tinyllm.END
+        ids = [*ids, token]
 
 
 def test_answers_do_not_depend_on_company_or_order():
@@ -785,87 +672,173 @@ def test_answers_do_not_depend_on_company_or_order():
     assert all(line.startswith(problem + "=") for line, problem in zip(together, problems))
 
 
-def test_no_calculator():
-    """Decoding never touches the rules: with every rule broken, the model writes the same line."""
+def test_no_calculator(monkeypatch):
+    """Writing never touches the rules: without any of them, the model writes the same line."""
     model, problems = small_model(), ["12*34", "7/2", "5-9"]
     expected = tinyllm.solve(model, problems)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("rewrite", "value", "solve_by_rules", "parse", "is_true"):
-            patch.setattr(tinyllm, name, None)
-        assert tinyllm.solve(model, problems) == expected
+    for name in ("Reader", "KINDS", "solve_by_rules", "exact_value", "is_true", "check"):
+        monkeypatch.setattr(tinyllm, name, None)
+    assert tinyllm.solve(model, problems) == expected
 
 
-def test_check_is_strict():
-    """An answer is right only if it is simple and equal; a working only if every step is."""
-    assert tinyllm.check("12+39=51") == (True, True)
-    for line in ("12+39=41", "12+39=", "12+39", "12+39=50+1", "12+39=51=", "10/4=5/2", "12+39=51=51+", "1/0=0"):
-        assert tinyllm.check(line)[0] is False, line
-    assert tinyllm.check("12+39=50=51") == (True, False)
+@pytest.mark.parametrize("line", [
+    "12+39=41", "12+39=", "12+39", "12+39=50+1", "12+39=51=", "10/4=5/2", "12+39=51=51+", "1/0=0", "796-801=-05",
+    "970-970=-0", "7=007", "3+1/2=03+1/2", "0-1/2=-0+1/2", "1-3/10=1-3/10", "1-5/7=1-5/7", "x+x=2x+0", "x-y=1x-y",
+    "x-x=0x", "3-x=3-x", "6/4=1+2/4"])
+def test_check_is_strict(line):
+    """An answer is right only if it is simple and equal; a working only if every stage is."""
+    assert tinyllm.check(line)[0] is False
+    assert tinyllm.check("12+39=50=51") == (True, False) and tinyllm.check("1-3/10=7/10") == (True, True)
 
 
 ######## Step 7: going further ########
 
-@pytest.mark.parametrize("step, latex", [
-    ("-408", "-408"), ("12*34", r"12 \times 34"), ("1831/23", r"1831 \div 23"), ("14/23", r"\frac{14}{23}"), ("-2/3", r"-\frac{2}{3}"),
-    ("79+14/23", r"79\frac{14}{23}"), ("-3-1/2", r"-3\frac{1}{2}"), ("5-3+1/2", r"5-3+\frac{1}{2}"), ("5-1/2", r"5-\frac{1}{2}"),
-    ("70+(1831-1610)/23", r"70+(1831-1610) \div 23"), ("70+221/23", r"70+221 \div 23"), ("(36/9)-31", r"(36 \div 9)-31"),
-    ("2*(3+1/2)", r"2 \times \left(3\frac{1}{2}\right)"), ("((1/2))", r"\left(\left(\frac{1}{2}\right)\right)"), ("5*(-3)", r"5 \times (-3)"),
-    ("2*2*3/(3*7)", r"\frac{2 \times 2 \times 3}{3 \times 7}"), ("79+2*7/23", r"79\frac{2 \times 7}{23}"),
-    ("3x^2-xy", "3x^{2}-xy"), ("(2x-1)^2", "(2x-1)^{2}"), ("2(x+3)(y-1)", "2(x+3)(y-1)"), ("-(x-2)", "-(x-2)"), ("-x", "-x"),
-])
-def test_latex_of_every_construct(step, latex):
-    """What a teacher would write on the board, for each construct."""
-    assert tinyllm.typeset(step, 0) == latex
-
-
-def test_latex_and_mathml_of_any_working_are_well_formed():
-    """1,000 workings: braces and tags balance, no raw * or /, nothing is lost on the way."""
-    for line in (line for kind in tinyllm.KINDS for line in lines(kind, 200)):
-        latex, mathml = tinyllm.to_latex(line), tinyllm.to_mathml(line)
-        assert latex.count("{") == latex.count("}") and latex.count(r"\left(") == latex.count(r"\right)")
-        assert not re.search("[*/]", latex.replace("{align*}", "")) and latex.count("&=") == line.count("=") and latex.isascii()
-        root = ElementTree.fromstring(mathml)
-        assert len(root.findall("./mtable/mtr")) == line.count("=") and not re.search("[*/]", "".join(root.itertext()))
-        assert [node.text for node in root.iter("mn")] == re.findall("[0-9]+", line), line
-        for fraction in root.iter("mfrac"):
-            assert len(fraction) == 2
-        for square in root.iter("msup"):
-            assert len(square) == 2 and square[1].text == "2"
-
-
-def test_what_cannot_be_read_is_still_typeset():
-    """A model may write nonsense; it is shown as it is, in both languages."""
-    assert tinyllm.to_latex("1+2=3+^=3").count("&=") == 2
-    ElementTree.fromstring(tinyllm.to_mathml("1+2=3+^=3"))
-
-
 def test_look_shows_the_weights_of_the_model():
-    """Each row of the picture is a distribution over the characters before it; one head shows less than all."""
-    model = small_model()
-    line = "12+39=51"
-    picture = tinyllm.look(model, line).splitlines()
-    assert picture[0].strip() == "21+93=15" and [row[:3].strip() for row in picture[1:]] == ["1", "5", "end"]
-    assert [len(row) for row in picture[1:]] == [5 + 6, 5 + 7, 5 + 8]
-    one = tinyllm.look(model, line, layer=1, head=2).splitlines()
-    ramp = " .:-=+*#%@"
-    assert all(ramp.index(a) >= ramp.index(b) for row, other in zip(picture[1:], one[1:]) for a, b in zip(row[5:], other[5:]))
-    weights = model.blocks[0].attention.weights[0, 1]                                  # (T, T) of that head
-    assert [ramp[min(9, int(10 * w))] for w in weights[5, :6].tolist()] == list(one[1][5:])
-    with pytest.raises(InputError, match="layers 1 to 2"):
-        tinyllm.look(model, line, layer=3)
+    """Each row of the picture is the look of one head, at the characters before; long lines are cut
+    into blocks that fit a terminal."""
+    model, line = small_model(), "12+39=51"
+    rows = tinyllm.look(model, line).splitlines()
+    layer, head = map(int, re.findall("[0-9]+", rows[0])[:2])
+    assert rows[1].strip() == "21+93=15" and len(rows) == 5
+    weights = tinyllm.watch(model, line)[1][layer - 1, head - 1]                       # (T, T) of that head
+    for t, row in enumerate(rows[2:], start=5):
+        shades = [" .:-=+*#%@"[min(9, int(10 * w))] for w in weights[t, :t + 1].tolist()]
+        assert row[5:] == "".join(shades).rstrip()
+    assert max(map(len, tinyllm.look(model, "1+1=" + "1" * 100).splitlines())) < 80
+
+
+@pytest.mark.parametrize("stage, latex", [
+    ("-408", "-408"), ("12*34", r"12 \times 34"), ("1831/23", r"1831 \div 23"), ("14/23", r"\frac{14}{23}"),
+    ("-2/3", r"-\frac{2}{3}"), ("79+14/23", r"79\frac{14}{23}"), ("-3-1/2", r"-3\frac{1}{2}"),
+    ("5-3+1/2", r"5-3+\frac{1}{2}"), ("5-1/2", r"5-\frac{1}{2}"), ("70+221/23", r"70+221 \div 23"),
+    ("70+(1831-1610)/23", r"70+(1831-1610) \div 23"), ("(36/9)-31", r"(36 \div 9)-31"), ("5*(-3)", r"5 \times (-3)"),
+    ("2*(3+1/2)", r"2 \times \left(3\frac{1}{2}\right)"), ("2*2*3/(3*7)", r"\frac{2 \times 2 \times 3}{3 \times 7}"),
+    ("3x^2-xy", "3x^{2}-xy"), ("(2x-1)^2", "(2x-1)^{2}"), ("2(x+3)(y-1)", "2(x+3)(y-1)"), ("-(x-2)", "-(x-2)"),
+])
+def test_latex_of_every_construct(stage, latex):
+    """What a teacher would write on the board, for each construct."""
+    assert tinyllm.typeset(stage, tinyllm.LATEX) == latex
+
+
+def test_latex_and_mathml_are_well_formed():
+    """600 workings and some nonsense: braces and tags balance, no raw * or /, no number is lost; a sum
+    that a person has written is no mixed number."""
+    for line in [*(line for kind in tinyllm.KINDS for line in lines(kind, 100)), "1+2=3+^=)3(=x^3"]:
+        latex = tinyllm.to_latex(line)
+        assert latex.count("{") == latex.count("}") and latex.count(r"\left(") == latex.count(r"\right)") or "^" in line
+        assert not re.search("[*/]", latex.replace("{align*}", "")) and latex.count("&=") == line.count("=")
+        for stage in line.split("="):
+            root = ElementTree.fromstring(f"<math>{tinyllm.typeset(stage, tinyllm.MATHML)}</math>")
+            numbers = [node.text for node in root.iter("mn")]
+            assert numbers == re.findall("[0-9]+", stage) or "^" in stage
+    assert tinyllm.typeset("2+3/4", tinyllm.LATEX, is_problem=True) == r"2+\frac{3}{4}"
+
+
+@pytest.mark.parametrize("text, problem", [
+    (" 12 * 34 = ", "12*34"), ("12\u00d734", "12*34"), ("\uff11\uff12\uff0a\uff13\uff14\uff1d", "12*34"), ("012*0034", "12*34"),
+    ("3\u00b74", "3*4"), ("3\u22174", "3*4"), ("1\u20442", "1/2"), ("3\u20132", "3-2"), ("\ufeff1+1", "1+1"), ("6:3", "6/3"),
+    ("[1+2]*{3-1}", "(1+2)*(3-1)"), ("6,358+1", "6358+1"), ("+5", "5"), ("5--3", "5-(-3)"), ("5+-3", "5+(-3)"),
+    ("((38+47)-71)", "(38+47)-71"), ("2(3+4)", "2*(3+4)"), ("(1+2)(3+4)", "(1+2)*(3+4)"), ("-5+3", "-5+3"),
+    ("2*x", "2x"), ("x*2", "2x"), ("3 x", "3x"), ("X\u00b2 + \uff58", "x^2+x"), ("x**2", "x^2"), ("(x+1)*3", "3(x+1)"),
+    ("(x+2)*(x-3)", "(x+2)(x-3)"), ("x*y", "xy"), ("6/2*x", "6/2*x"), ("3x*4x", "3x*4x"), ("(36/9)-31", "(36/9)-31")])
+def test_forgiving_input(text, problem):
+    """What leaves no doubt is asked in the form that was learned, and what is asked is worth the same."""
+    assert tinyllm.prepare(text, small_model()) == problem
+
+
+@pytest.mark.parametrize("text, words", [
+    ("12+a", "unknown character 'a'.* x and y"), ("12+x\u00b3", "SUPERSCRIPT THREE"), ("3\u00bd", "FRACTION ONE HALF"),
+    ("(1+2", "closing bracket is missing"), ("1+2)", "operator is missing before \\)"), ("1+", "at the end"),
+    ("1++2", "missing before"), ("x2", "operator is missing"), ("3^2", "only letters"), ("(1+2)\u00b2", "only letters"),
+    ("(2)^2+x", "only letters"), ("x^3", "only letters"), ("2**3", "only letters"), ("x*x*x", "up to x\\^2"),
+    ("(x^2)^2", "up to x\\^2"), ("(2x+4)/2", "letters cannot be divided"), ("6/2(1+2)", "two ways"), ("6/2x", "two ways"),
+    ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("1/0", "division by zero"), ("3.5*2", "unknown"),
+    ("3*(1/(2-2))", "division by zero"), ("1=1", "without ="), ("3,5", "decimals"), ("(" * 150 + "1" + ")" * 150, "parts"),
+    ("9" * 10_000, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
+def test_bad_input_is_a_sentence(text, words):
+    """What cannot be read is refused with the reason and the place, in ASCII."""
+    with pytest.raises(InputError, match=words) as refusal:
+        tinyllm.prepare(text, small_model(block_size=900))
+    assert str(refusal.value).isascii() and "\n" not in str(refusal.value)
+
+
+def test_nested_squares_take_no_time():
+    """Nothing that a person types keeps the program busy: sizes are bounded before anything is computed."""
+    began = time.perf_counter()
+    for text in ("(" * 24 + "9" + ")^2" * 24 + "+x", "(" * 24 + "x-x+9" + ")^2" * 24, "(1+1)" * 30 + "x", "(x+1)(1+1)" * 9):
+        with pytest.raises(InputError):
+            tinyllm.prepare(text, small_model(block_size=900))
+            raise InputError("it was read")
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize("problem", ["1/2+1/3", "3/4-1/2", "1/2/2", "2*(1/2)", "2(x+(y-1))", "3(x+1)(x+2)", "123x+4x",
+                                     "1234*5678", "12/345", "1+2+3+4+5+6+7+8", "12345678901+1", "5"])
+def test_what_was_never_drawn_is_said_to_be_outside(problem):
+    """The note comes from what the kinds draw. (That nothing drawn carries it is tested with the lines.)"""
+    assert tinyllm.is_outside(problem, Config()) and not tinyllm.is_outside("12+3", Config())
+    assert tinyllm.is_outside("12+3", Config(kinds="sub mul"))
+
+
+def test_after_a_slip_only_the_first_false_stage_is_called_false():
+    """What follows from a slip is said to follow, and a true stage that could be simpler is no answer."""
+    words, sentence = tinyllm.explain("2*(3+4)-1=2*8-1=16-1=15")
+    assert words == ["NOT TRUE: it should be 13", "follows from that", "follows from that"] and "NOT the right" in sentence
+    assert tinyllm.explain("52/65=2*2*13/(5*13)=52/65") == (
+        ["true", "true"], "it is true but could be simpler, so this is NOT AN ANSWER")
+    assert tinyllm.explain("2x+3x=6x")[0] == ["NOT TRUE: it should be 5x"]
+    assert tinyllm.explain("2+3=5") == (["true"], "the answer is right")
+
+
+ALPHABET = "0123456789+-*/()=xy^. ,\t\0\u00d7\u00b2\uff11\u0661\u2460\ud800\U0001f600"
+
+
+def random_text(rng):
+    """What nobody should type: any Unicode, near-misses of real problems, very long ones."""
+    dice = rng.random()
+    if dice < 0.3:
+        return "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(30)))
+    if dice < 0.6:
+        return "".join(rng.choices(ALPHABET[:23], k=rng.randrange(14)))
+    text = list(tinyllm.draw_problem(rng.choice(list(tinyllm.KINDS)), rng, held_out=False))
+    for _ in range(rng.randrange(4)):
+        text[rng.randrange(len(text))] = rng.choice(ALPHABET)
+    return "".join(text) * (rng.choice((100, 10_000)) if dice > 0.999 else 1)
+
+
+def test_any_text_is_a_problem_or_a_sentence():
+    """Thousands of random texts: each becomes a problem that is read again as the same, and that is
+    worth what was typed, or an InputError; nothing else."""
+    rng, model, problems = random.Random(0), small_model(), []
+    for text in [random_text(rng) for _ in range(20_000 if SLOW else 3_000)] + ["(" * 10_000, "-" * 100_000, "\0"]:
+        try:
+            problem = tinyllm.prepare(text, model)
+        except InputError as error:
+            assert "\n" not in str(error) and str(error).isascii() and len(str(error)) < 300
+            continue
+        typed = tinyllm.normalize(text)
+        assert tinyllm.prepare(problem, model) == problem
+        assert tinyllm.exact_value(problem) == tinyllm.exact_value(typed), text
+        problems.append(problem)
+    assert len(problems) > 500
+    some = problems[:100]
+    for problem, line in zip(some, tinyllm.solve(model, some)):
+        assert line.startswith(problem + "=") and len(line) <= 128
+        tinyllm.check(line), tinyllm.explain(line), tinyllm.to_latex(line), tinyllm.is_outside(problem, Config())
 
 
 @pytest.fixture(scope="module")
 def page():
     """A served page with a small untrained model, on a free port: (host:port, request function)."""
-    history = [{"step": i, "seconds": 6.0 * i, "loss": 2 / i, "exact": {kind: i / 10 for kind in tinyllm.KINDS}} for i in range(1, 11)]
-    server = tinyllm.make_server(small_model(), history, port=0)
+    history = [{"step": i, "seconds": 6.0 * i, "loss": 2 / i, "right": {kind: i / 10 for kind in tinyllm.KINDS}}
+               for i in range(1, 11)]
+    server = tinyllm.Server(small_model(), history, port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"127.0.0.1:{server.server_port}"
 
     def request(method, path, body=None, **headers):
         connection = http.client.HTTPConnection(address, timeout=60)
-        connection.request(method, path, body, {**headers})
+        connection.request(method, path, body, headers)
         answer = connection.getresponse()
         text = answer.read().decode("utf-8")
         connection.close()
@@ -875,8 +848,8 @@ def page():
     server.server_close()
 
 
-def solve_body(problem, **more):
-    return json.dumps({"problem": problem, **more})
+def body(problem):
+    return json.dumps({"problem": problem})
 
 
 def test_the_page_loads_nothing_from_elsewhere(page):
@@ -884,94 +857,51 @@ def test_the_page_loads_nothing_from_elsewhere(page):
     status, headers, text = page[1]("GET", "/?q=12%2B34")
     nonce = re.search("script-src 'nonce-([^']+)'", headers["Content-Security-Policy"])[1]
     assert status == 200 and text.count(f'nonce="{nonce}"') == 2 and "default-src 'none'" in headers["Content-Security-Policy"]
-    assert not re.search("(src|href)=|https?://|@import|NONCE|FIGURE|LAYERS", text) and "12%2B34" not in text
-    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert not re.search("(src|href)=|https?://|@import|NONCE|DATA", text) and "12%2B34" not in text
     assert page[1]("GET", "/")[1]["Content-Security-Policy"] != headers["Content-Security-Policy"]
-    for chart in re.findall("<figure>.*?</figure>", text):
-        ElementTree.fromstring(chart)
-    assert text.count("<polyline") == 1 + len(tinyllm.KINDS)
-
-
-@pytest.mark.parametrize("scheme", [0, 1])
-def test_the_page_can_be_read(scheme):
-    """Contrast as WCAG 2.1 AA asks, computed for the light and the dark colours: text 4.5 to 1, lines of a chart 3 to 1."""
-    def luminance(colour):
-        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-        return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), parts))
-
-    blocks = re.findall(r":root \{(.*?)\}", tinyllm.PAGE, re.S)
-    colours = {}
-    for block in blocks[:scheme + 1]:                # the dark colours replace the light ones
-        colours.update(re.findall(r"--(\w+): (#\w{6})", block))
-    paper = luminance(colours["paper"])
-    contrast = {name: (max(luminance(c), paper) + 0.05) / (min(luminance(c), paper) + 0.05) for name, c in colours.items()}
-    assert len(blocks) == 2 and len(colours) >= 13
-    assert min(contrast[name] for name in ("ink", "soft", "accent", "good", "bad")) >= 4.5
-    assert min(contrast[f"c{i}"] for i in range(6)) >= 3
 
 
 def test_the_page_answers_a_problem(page):
-    """What the page shows is the model's line, its exact check, and the weights and likeliest tokens behind it."""
-    status, headers, text = page[1]("POST", "/solve", solve_body("48x \u2212 53x"))
+    """What the page shows is the model's line, its exact check, and the weights and likeliest tokens."""
+    status, _, text = page[1]("POST", "/solve", body("48x \u2212 53x"))
     reply = json.loads(text)
-    assert status == 200 and headers["Content-Type"].startswith("application/json")
-    assert reply["line"] == tinyllm.solve(small_model(), ["48x-53x"])[0] and reply["right"] is False
-    assert len(reply["steps"]) == reply["line"].count("=") and not all(step["true"] for step in reply["steps"])
-    n_written = len(reply["line"]) + 1 - reply["start"]
-    assert len(reply["weights"]) == len(reply["next"]) == n_written
-    read = "".join(reply["line"][i] for i in reply["place"][:-1])
-    assert tinyllm.reverse_terms(read) == reply["line"]
-    for t, (layers, likeliest) in enumerate(zip(reply["weights"], reply["next"]), reply["start"]):
-        assert [[len(head) for head in layer] for layer in layers] == [[t, t], [t, t]]
-        if t < len(read):                            # greedy: what was written is what was likeliest
-            assert likeliest[0][0] == read[t]
-    assert json.loads(page[1]("POST", "/solve", solve_body("48x-53x", preview=True))[2]) == {"problem": tinyllm.typeset("48x-53x", 1)}
+    line = tinyllm.solve(small_model(), ["48x-53x"])[0]
+    assert status == 200 and tinyllm.reverse_numbers(reply["read"]) == line and reply["right"] is False
+    assert len(reply["stages"]) == line.count("=") and len(reply["weights"]) == len(reply["next"]) == len(line) + 1 - reply["start"]
+    for t, (heads, likeliest) in enumerate(zip(reply["weights"], reply["next"]), reply["start"]):
+        assert [len(head) for head in heads] == [t] * 4
+        assert t == len(line) or likeliest[0][0] == reply["read"][t]                   # greedy
 
 
-@pytest.mark.parametrize("method, path, body, headers, status", [
+@pytest.mark.parametrize("method, path, text, headers, status", [
     ("GET", "/etc/passwd", None, {}, 404), ("POST", "/", "{}", {}, 404), ("PUT", "/", "{}", {}, 501),
     ("GET", "/", None, {"Host": "evil.example:8000"}, 403), ("GET", "/", None, {"Host": "evil.example"}, 403),
     ("GET", "/", None, {"Host": ""}, 403), ("POST", "/solve", "{}", {"Origin": "http://evil.example"}, 403),
-    ("POST", "/solve", "{}", {"Origin": "null"}, 403), ("POST", "/solve", solve_body("1+1") + " " * 5000, {}, 413),
+    ("POST", "/solve", "{}", {"Origin": "null"}, 403), ("POST", "/solve", body("1+1") + " " * 10000, {}, 413),
     ("POST", "/solve", "[" * 4000, {}, 400), ("POST", "/solve", "12+34", {}, 400), ("POST", "/solve", '{"problem": 12}', {}, 400),
-    ("POST", "/solve", "{}", {"Content-Length": "-1"}, 411), ("POST", "/solve", b"\xff\xfe", {}, 400),
-    ("POST", "/solve", solve_body("12+"), {}, 422), ("POST", "/solve", solve_body("1+" * 150 + "1"), {}, 422),
-    ("POST", "/solve", solve_body("<script>"), {}, 422), ("POST", "/solve", solve_body("1/0"), {}, 422),
-])
-def test_the_page_refuses(page, method, path, body, headers, status):
-    """Foreign hosts and origins, other paths, long or broken requests, and what is no problem: a JSON sentence each."""
-    found, answer_headers, text = page[1](method, path, body, **headers)
-    assert found == status and set(json.loads(text)) == {"error"} and "<" not in text.replace("'<'", "")
+    ("POST", "/solve", "{}", {"Content-Length": "-1"}, 413), ("POST", "/solve", b"\xff\xfe", {}, 400),
+    ("POST", "/solve", body("12+"), {}, 422), ("POST", "/solve", body("1+" * 150 + "1"), {}, 422),
+    ("POST", "/solve", body("<script>"), {}, 422), ("POST", "/solve", body("1/0"), {}, 422)])
+def test_the_page_refuses(page, method, path, text, headers, status):
+    """Foreign hosts and origins, other paths, long or broken requests, and what is no problem."""
+    found, answer_headers, answer = page[1](method, path, text, **headers)
+    assert found == status and set(json.loads(answer)) == {"error"} and "<" not in answer.replace("'<'", "")
     assert answer_headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_page_serves_many_at_once_and_survives_garbage(page, monkeypatch):
-    """32 clients at once get their own answers, from few batches, while others stall, go away or send noise."""
-    address, request = page
-    solve, batches = tinyllm.solve, []
-
-    def count(model, problems):
-        batches.append(len(problems))
-        return solve(model, problems)
-    monkeypatch.setattr(tinyllm, "solve", count)
-    host, port = address.split(":")
+def test_the_page_serves_many_at_once_and_survives_garbage(page):
+    """32 clients at once get their own answers, while others stall, go away or send noise."""
+    host, port = page[0].split(":")
     stalled = [socket.create_connection((host, int(port))) for _ in range(8)]
-    stalled[0].sendall(b"POST /solve HTTP/1.1\r\nHost: " + address.encode() + b"\r\nContent-Length: 50\r\n\r\nabc")
+    stalled[0].sendall(b"POST /solve HTTP/1.1\r\nHost: " + page[0].encode() + b"\r\nContent-Length: 50\r\n\r\nabc")
     with ThreadPoolExecutor(32) as pool:
-        replies = list(pool.map(lambda i: json.loads(request("POST", "/solve", solve_body(f"{i}+{i}"))[2]), range(32)))
-    assert [reply["line"].split("=")[0] for reply in replies] == [f"{i}+{i}" for i in range(32)]
-    assert sum(batches) == 32 and len(batches) < 32
+        replies = list(pool.map(lambda i: json.loads(page[1]("POST", "/solve", body(f"{i}+{i}"))[2]), range(32)))
+    assert [reply["read"].split("=")[0] for reply in replies] == [tinyllm.reverse_numbers(f"{i}+{i}") for i in range(32)]
     rng = random.Random(0)
-    for i in range(500):
-        noise = rng.randbytes(rng.randint(1, 300))
+    for _ in range(100):
         with socket.create_connection((host, int(port))) as client:
-            if i % 2:
-                noise = b"POST /solve HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n" % (address.encode(), len(noise)) + noise
-            client.sendall(noise if i % 2 else noise + b"\r\n\r\n")
-            client.shutdown(socket.SHUT_WR)
-            if i % 2:
-                assert client.recv(1000).split()[1] == b"400"
-    assert request("POST", "/solve", solve_body("1+1"))[0] == 200
+            client.sendall(rng.randbytes(rng.randint(1, 300)) + b"\r\n\r\n")
+    assert page[1]("POST", "/solve", body("1+1"))[0] == 200
     for client in stalled:
         client.close()
 
@@ -981,16 +911,16 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 def test_the_page_in_a_real_browser(page, tmp_path):
-    """A browser that opens /?q=12%2B34 shows the model's answer in MathML, and the loss curve."""
+    """A browser that opens /?q=12%2B34 shows the answer in MathML, the tokens, the grid and the chart."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={tmp_path}"]
+             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]
     done = subprocess.run([CHROMIUM, *flags, "--virtual-time-budget=8000", "--dump-dom", f"http://{page[0]}/?q=12%2B34"],
                           capture_output=True, timeout=100)
     dom = done.stdout.decode("utf-8")
-    answer = tinyllm.solve(small_model(), ["12+34"])[0].split("=")[-1]
-    assert re.search('<p id="answer"><math>(.*?)</math>', dom)[1] == tinyllm.typeset(answer, 1).replace("&#x2212;", "\u2212") \
-        .replace("&#xD7;", "\u00d7").replace("&#xF7;", "\u00f7")
-    assert "NOT the right answer" in dom and "<polyline" in dom and dom.count("data-t=") == 6 + len(answer) + 1
+    line = tinyllm.solve(small_model(), ["12+34"])[0]
+    assert "<math" in dom.split('id="answer"')[1] and "<title>12+34" in dom and "NOT" in dom
+    assert dom.count('class="written') == len(line) + 1 - 6 and dom.count("<polyline") == 1 + len(tinyllm.KINDS)
+    assert dom.count("layer ") >= 4 and dom.count("<meter") == 3
 
 
 @pytest.fixture(scope="module")
@@ -1000,140 +930,87 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_plain_in_order_with_errors_in_place(checkpoint):
-    """One line in, one line out; a line that is no problem is an error there, and the others go on."""
-    status, out, _ = command("ask", "--plain", "--checkpoint", checkpoint, stdin="1+2\n1/0\n\uff13\u00d74\nz\n5-6\n")
+def test_a_pipe_is_answered_line_by_line(checkpoint):
+    """One line in, one line out, as it comes; an empty or wrong one is an error there, others go on."""
+    status, out, _ = command("ask", "--plain", "--checkpoint", checkpoint, stdin="1+2\n1/0\n\n\uff13\u00d74\nz\n5-6")
     rows = out.splitlines()
-    assert status == 2 and [row.split("=")[0].split(":")[0] for row in rows] == ["1+2", "error", "3*4", "error", "5-6"]
+    assert status == 2 and [row.split("=")[0].split(":")[0] for row in rows] == ["1+2", "error", "error", "3*4", "error", "5-6"]
+    process = subprocess.Popen([sys.executable, str(HERE / "tinyllm.py"), "ask", "--plain", "--checkpoint", str(checkpoint)],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for problem in ("1+2", "3+4"):
+        process.stdin.write(problem + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith(problem + "=")
+    process.communicate("")
+    assert process.returncode == 0
 
 
-def test_ask_shows_and_checks_each_step(checkpoint):
-    """The working a step a line, each with a check that is labelled as one; an untrained model is found out."""
-    status, out, _ = command("ask", "12+39", "--checkpoint", checkpoint)
-    assert status == 0 and out.startswith("12+39 = ") and "check: NOT TRUE" in out
+def test_ask_shows_and_checks_each_stage(checkpoint):
+    """The working a stage a row, each with a check that is labelled as one; LaTeX says so on stderr."""
+    status, out, _ = command("ask", "-5+3", "12+39", "--checkpoint", checkpoint)
+    assert status == 0 and out.startswith("-5+3 = ") and "check: NOT TRUE" in out and "\x1b" not in out
+    status, out, err = command("ask", "--latex", "12+39", "--checkpoint", checkpoint)
+    assert status == 0 and out.startswith(r"\begin{align*}") and "NOT the right answer: 12+39=" in err
 
 
 @pytest.mark.parametrize("args, words", [
-    (["ask", "12+\u00b3"], "U+00B3"), (["ask", "(1+2"], "closing bracket"), (["ask", "1/(2-2)"], "division by zero"),
-    (["ask", ""], "empty"), (["ask", "1+" * 30 + "1"], "characters"), (["ask", "1", "--checkpoint", "no.pt"], "no checkpoint"),
-    (["train", "--minutes", "0"], "--minutes"), (["train", "--steps", "0"], "--steps 0"), (["frobnicate"], "invalid choice"),
-    (["train", "--out", "no/such/folder/x.pt"], "cannot write"), (["train", "--steps", "many"], "invalid int"),
-    (["eval", "--checkpoint", str(HERE / "README.md")], "damaged"), (["train", "--out", str(HERE)], "folder"),
-])
+    ("ask 12+\u00b3", "SUPERSCRIPT THREE"), ("ask (1+2", "closing bracket"), ("ask 1/(2-2)", "division by zero"),
+    ("ask 1 --checkpoint no.pt", "is not there"), ("train --minutes 0", "--minutes"), ("train --steps 0", "--steps 0"),
+    ("frobnicate", "invalid choice"), ("train --out no/such/folder/x.pt", "cannot write"), ("train --steps many", "invalid int"),
+    ("train --seed 99999999999999999999", "--seed"), ("train --weight_decay nan", "--weight_decay"), ("train --flat 1", "--flat"),
+    ("train --kinds add,calculus", "add sub mul div expr algebra"), ("train --head_dim 20", "multiple of 8"), ("train --out .", "file"),
+    ("train --block_size 32", "too short"), ("eval --problems 0", "--problems"), ("eval --target 95", "0 to 1"),
+    ("data --count -1", "--count"), ("serve --host no.such.host", "no.such.host"), ("train --out /dev/null --force", "plain file"),
+    ("ask 1 --device cuda:7", "no such device")])
 def test_errors_are_sentences(args, words, checkpoint, capsys):
-    """Bad input: one line on stderr, in ASCII for any console, that says what to do; status 2, no exception."""
-    if args[0] == "ask" and "--checkpoint" not in args:
-        args = [*args, "--checkpoint", str(checkpoint)]
-    try:
-        status = tinyllm.main(args)
-    except SystemExit as stop:                       # how argparse ends
-        status = stop.code
+    """Bad input: one line on stderr that says what to do; status 2, and nothing is written."""
+    args = args.split()
+    if args[0] in ("ask", "eval", "serve") and "--checkpoint" not in args:
+        args += ["--checkpoint", str(checkpoint)]
+    assert tinyllm.main(args) == 2
     err = capsys.readouterr().err
-    assert status == 2 and words in err and err.count("\n") == 1 and err.isascii()
+    assert words in err and err.count("\n") == 1 and err.isascii() and os.listdir() == []
 
 
 def test_an_error_ends_the_process(checkpoint):
-    """The same from outside, on a Japanese console: the status of the process, and no traceback."""
-    status, out, err = command("ask", "12+\u00b3", "--checkpoint", checkpoint, PYTHONIOENCODING="cp932")
-    assert status == 2 and not out and "U+00B3" in err and err.count("\n") == 1
-
-
-ALPHABET = "0123456789+-*/()=xy^. \t\0\u00d7\u00b2\uff11\u0661\u2460\ud800\U0001f600"
-
-
-def random_text(rng):
-    """What nobody should type: any Unicode, near-misses of real problems, very long ones."""
-    dice = rng.random()
-    if dice < 0.3:
-        return "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(30)))
-    if dice < 0.6:
-        return "".join(rng.choices(ALPHABET, k=rng.randrange(40)))
-    text = list(tinyllm.draw_problem(rng.choice(list(tinyllm.KINDS)), rng, held_out=False))
-    for _ in range(rng.randrange(4)):
-        text[rng.randrange(len(text))] = rng.choice(ALPHABET)
-    return "".join(text) * (rng.choice((100, 10_000)) if dice > 0.999 else 1)
-
-
-@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=slow)])
-def test_any_text_is_a_problem_or_a_sentence(count):
-    """Thousands of random texts: each becomes a problem that the parser reads back, or an InputError; nothing else."""
-    rng, model, problems = random.Random(0), small_model(), []
-    for text in [random_text(rng) for _ in range(count)] + ["(" * 10_000, "9" * 100_000, "-" * 100_000, "\0", "x" * 400]:
-        try:
-            problem = tinyllm.prepare(text, model)
-        except InputError as error:
-            assert "\n" not in str(error) and str(error).isascii() and len(str(error)) < 300
-            continue
-        assert tinyllm.prepare(problem, model) == problem and tinyllm.is_held_out(problem) in (True, False)
-        problems.append(problem)
-    assert len(problems) > count / 20
-    some = problems[:count // 20]
-    for problem, line in zip(some, tinyllm.solve(model, some)):
-        assert line.startswith(problem + "=") and len(line) <= 128
-        tinyllm.check(line), tinyllm.explain(line), tinyllm.to_latex(line), tinyllm.to_mathml(line)
-
-
-@slow
-def test_any_text_through_the_command(checkpoint, tmp_path):
-    """20,000 random lines into `ask --plain`: a line for a line, no traceback; and a reader that leaves early harms nothing."""
-    rng = random.Random(1)
-    rows = [re.sub(r"[\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", " ", random_text(rng)) for _ in range(20_000)]
-    data = "\n".join(rows).encode("utf-8", "surrogatepass") + b"\n\xff\xfe\n"
-    ask = [sys.executable, str(HERE / "tinyllm.py"), "ask", "--plain", "--checkpoint", str(checkpoint)]
-    done = subprocess.run(ask, input=data, capture_output=True, timeout=300)
-    assert done.returncode == 2 and done.stdout.count(b"\n") == 20_001 and done.stderr == b""
-    if os.name != "nt":
-        done = subprocess.run(f"{' '.join(map(shlex.quote, ask))} | head -1", shell=True, input=data, capture_output=True, timeout=300)
-        assert done.stdout.count(b"\n") == 1 and b"Traceback" not in done.stderr
-
-
-def test_a_checkpoint_is_never_silently_replaced(checkpoint):
-    """train refuses an --out that exists, and leaves it as it was."""
-    before = checkpoint.read_bytes()
-    status, _, err = command("train", "--steps", 1, "--out", checkpoint)
-    assert status == 2 and "--resume" in err and "--force" in err and checkpoint.read_bytes() == before
+    """The same from outside, on a console of few letters: the status, and no traceback."""
+    status, out, err = command("ask", "12+\u00b3", "--checkpoint", checkpoint, PYTHONIOENCODING="cp1252")
+    assert status == 2 and not out and "SUPERSCRIPT" in err and err.count("\n") == 1
 
 
 def test_train_and_eval_as_a_person_runs_them(tmp_path):
-    """A tiny run through the command line: before, rows, table, plot, next commands; eval and its target; resume."""
-    path, size = tmp_path / "tiny.pt", ["--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--batch_tokens", 128,
-                                         "--block_size", 128, "--no-working", "--kinds", "sub mul", "--device", "cpu"]
+    """A tiny run through the command line: before, rows, table, after, next commands; the same numbers
+    again; resume; eval and its target; and no model is silently replaced."""
+    path, size = tmp_path / "tiny.pt", [*TINY, "--block_size", 128, "--no-working", "--kinds", "sub mul", "--device", "cpu"]
     status, out, err = command("train", "--steps", 10, "--out", path, *size)
-    assert status == 0, err
-    for words in ("Before training", "parameters on cpu", "100%", "answers right", "+-----", "Now try", "tiny.pt"):
+    assert status == 0 and out.isascii() and "\r" not in out and max(map(len, out.splitlines())) < 80 + len(str(path)), err
+    for words in ("Before training", "weights on cpu", "100%", "answers right", "Now it answers", "Now try", "tiny.pt"):
         assert words in out
-    assert "\r" not in out and out.isascii()
-    losses = [row["loss"] for row in tinyllm.read_checkpoint(path)["history"]]
+    losses = [point["loss"] for point in tinyllm.load_checkpoint(path)[1]["progress"]["history"]]
+    assert command("train", "--steps", 10, "--out", path, *size)[0] == 2
     assert command("train", "--steps", 10, "--out", path, "--force", *size)[0] == 0
-    assert losses == [row["loss"] for row in tinyllm.read_checkpoint(path)["history"]]
-    status, out, err = command("train", "--steps", 12, "--out", path, "--resume")
-    assert status == 0 and tinyllm.read_checkpoint(path)["step"] == 12, err
-    status, out, _ = command("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99, "--json", tmp_path / "e.json",
-                             "--beyond")
-    assert status == 1 and "sub 20" in out and "below the target" in out and "mul 4*" in out and "expr" not in out
-    assert (tmp_path / "e.json").stat().st_size > 100
+    assert losses == [point["loss"] for point in tinyllm.load_checkpoint(path)[1]["progress"]["history"]]
+    assert command("train", "--out", path, "--resume")[0] == 2
+    assert command("train", "--steps", 12, "--out", path, "--resume")[0] == 0
+    assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] == 12
+    status, out, _ = command("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99)
+    assert status == 1 and "sub 20*" in out and "mul 4*" in out and "sub near" in out and "below the target" in out
+
+
+def test_data_and_help(capsys):
+    """`data` prints true lines of the side and kind that was asked for; --help explains each flag."""
+    assert tinyllm.main(["data", "--kind", "mul", "--split", "test", "--count", "5"]) == 0
+    rows = capsys.readouterr().out.split()
+    assert len(rows) == 5 and all(tinyllm.is_true(row) and tinyllm.is_held_out(row.split("=")[0]) for row in rows)
+    with pytest.raises(SystemExit):
+        tinyllm.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"--{field.name}" in out for field in dataclasses.fields(Config)) and "None" not in out and "blocks, one after" in out
 
 
 @slow
-def test_bench_measures_this_machine():
-    """The share of the machine's rate that training reaches, decoding with and without the cache, memory."""
-    status, out, err = command("bench", "--seconds", 2)
-    assert status == 0 and re.findall("^[a-z0-9]+", out, re.M) == ["machine", "float32", "training", "decoding", "decoding", "peak"], err
-
-
-def test_data_is_what_the_model_learns_from():
-    """`data` prints true lines of the side and kind that was asked for."""
-    status, out, _ = command("data", "--kind", "mul", "--split", "test", "--count", 5)
-    rows = out.split()
-    assert status == 0 and len(rows) == 5
-    assert all(tinyllm.is_true(row) and tinyllm.is_held_out(row.split("=")[0]) for row in rows)
-
-
-######## README ########
-
-def test_line_numbers_in_the_readme():
-    """The README's plan names the line at which each step of the file begins."""
-    source = (HERE / "tinyllm.py").read_text(encoding="utf-8").splitlines()
-    plan = re.findall(r"\[line (\d+)\]\(tinyllm\.py#L(\d+)\) \| Step ([0-9-]+)", (HERE / "README.md").read_text(encoding="utf-8"))
-    starts = {match[1]: str(i) for i, text in enumerate(source, 1) if (match := re.match(r"######## Step ([0-9-]+):", text))}
-    assert {step: number for number, link, step in plan if number == link} == starts
+def test_the_first_minute(tmp_path):
+    """`train --quick` learns sums in seconds, and says how to ask for one."""
+    status, out, err = command("train", "--quick", "--out", tmp_path / "quick.pt")
+    share = float(re.search(r"^add .*?([0-9.]+)%", out, re.M)[1])
+    assert status == 0 and share > 80 and '"123+456"' in out, err

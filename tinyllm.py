@@ -1,419 +1,432 @@
 """tinyllm: how an LLM works, in one file that you can read from top to bottom.
 
-It trains a small GPT from scratch, on an ordinary CPU, until it does school arithmetic and writes out
-its working line by line as a pupil does:
+It trains a small GPT from scratch, on an ordinary CPU, until it does school arithmetic and writes
+out its working as a pupil does:
 
     (12+3)*4-6=15*4-6=60-6=54
 
-The problem ends at the first "=". Everything after it is written by the model, one character at a time:
-no calculator stands between the model and its answer. Every step is a true equation, so every line can
-be checked exactly - when the training data are made, and again after the model has answered.
+You give it the problem, up to the first "=". The model writes the rest, one character at a time. No
+calculator stands between the model and its answer. All the stages of a line are worth the same, so
+a line can be checked exactly: when training data are made, and after the model has answered.
 
-    python tinyllm.py train                learn (the README says how long it took, and on what)
-    python tinyllm.py eval                 how good is it, on problems that it never saw?
-    python tinyllm.py ask "12*34"          ask it something (--latex: to be printed)
+    python tinyllm.py train --quick        a first taste: sums, in seconds
+    python tinyllm.py train                learn everything (the README says how long that takes)
+    python tinyllm.py eval                 how good is it on problems that it never saw?
+    python tinyllm.py ask "12*34"          ask it something
     python tinyllm.py look "12+39"         see which characters it looked at while it wrote
-    python tinyllm.py serve                the same in a browser
+    python tinyllm.py serve                ask and look, as a page in the browser
     python tinyllm.py data --kind mul      look at what it learns from
-    python tinyllm.py bench                how fast is this machine?
 
-The map of this file, which is also a plan for learning the subject:
+The tutorial needs Python and a little linear algebra, and no machine learning. Its map:
 
-    Step 1  PyTorch in five facts           tensors, NumPy, autograd, nn.Module, the optimizer
-    Step 2  What an LLM is                  next-token prediction, embedding, attention
-    Step 3  The model                       tokenizer, embeddings, attention, MLP, block, TinyLLM
-    Step 4  The data                        rewriting rules, letters, the x / y / counted table, the loader
-    Step 5  Training                        loss, optimizers, schedule, the loop, monitoring, saving
-    Step 6  Evaluation                      held-out problems, greedy decoding, what "right" means
-    Step 7  Going further                   LaTeX and MathML, a picture of attention, the page, the commands
+    Step 1  PyTorch in five facts     tensors, NumPy, gradients, modules, the optimizer
+    Step 2  What an LLM is            it predicts the next token
+    Step 3  The model                 tokenizer, embeddings, attention, the Transformer
+    Step 4  The data                  problems and their working, and what is learned from a line
+    Step 5  Training                  the loss, the optimizers, the loop, saving
+    Step 6  Evaluation                writing an answer, and what "right" means
+    Behind it: Step 7 (pictures, LaTeX, the page, the commands) and the school arithmetic.
 
-Glossary, each short name with an example of its value:
+Glossary, to come back to when a name is new, each with an example:
 
-    problem    "345*7"                      what is asked; it never contains "="
-    line       "345*7=2100+315=2415"        problem, "=", the steps; the last step is the answer
-    node       ("+", 12, ("*", 3, "x"))     a problem as a tree: an int, a letter, or an operator and its operands
-    kind       "add", "sub", "mul", "div", "expr", "algebra"     the kinds of problem; each has a size
-    ids        [2, 3, 11, 4]                token numbers: "21+3" as the model reads it (see Step 3-1)
-    B, T, C    64, 32, 128                  batch (rows), time (tokens in a row), channels (n_embd)
-    H, D       6, 32                        attention heads (n_head), channels of one head (head_dim)
-    V          21                           size of the vocabulary
-    logits     (B, T, V)                    one score for each possible next token
+    problem    "345*7"                     what is asked; it has no "=" in it
+    line       "345*7=2100+315=2415"       the problem and its working
+    stage      "2100+315"                  a part of a line, cut at "="; the last is the answer
+    kind       "mul"                       add, sub, mul, div, expr (brackets), algebra (letters)
+    ids        [8, 11, 9, 17]              a text as numbers, one for each token: "7+8="
+    B, T, C    64, 32, 128                 rows of a batch, tokens of a row, numbers for each token
+    H, D       6, 32                       attention heads, and numbers for each token in a head
+    V          21                          how many different tokens there are
+    logits     (B, T, V)                   a score for each token that might come next
 """
 
-import argparse
 import dataclasses
 import functools
-import html
-import http.server
-import ipaddress
-import itertools
-import json
 import math
 import os
-import platform
 import random
 import re
-import secrets
 import signal
 import sys
-import tempfile
-import threading
 import time
-import unicodedata
 import warnings
-import webbrowser
 import zlib
-from collections import Counter
-from fractions import Fraction
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # NumPy is welcome, not needed
-import torch                                                              # noqa: E402
-import torch.distributed as dist                                          # noqa: E402
-import torch.nn as nn                                                     # noqa: E402
-import torch.nn.functional as F                                           # noqa: E402
-from torch.utils.data import DataLoader, IterableDataset                  # noqa: E402
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")          # it is not needed
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C ends it quietly while torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads soon sleep, for other programs
+import torch                                                                      # noqa: E402
+import torch.nn as nn                                                             # noqa: E402
+import torch.nn.functional as F                                                   # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset                          # noqa: E402
 
-
-class InputError(ValueError):
-    """Something a person gave us cannot be used. The message is one sentence: what was wrong, what to do."""
-
-
-######## Step 1: PyTorch in five facts ########################################################################
+######## Step 1: PyTorch in five facts #############################################################
 
 def five_facts():
-    """Everything about PyTorch that the rest of this file needs. The tests run each line.
+    """What you need of PyTorch, or nearly. The tests run each line.
 
-    Fact 1. A tensor is a block of numbers with a shape and one dtype for all of them.
+    Fact 1. A tensor is a block of numbers with a shape. All of them have one type (dtype).
 
-    >>> torch.empty(2, 3).shape               # memory that is not set yet: only the shape is certain
+    >>> a = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    >>> a.shape, a.dtype, torch.zeros(2, dtype=torch.long)       # long: whole numbers, such as ids
+    (torch.Size([2, 3]), torch.float32, tensor([0, 0]))
+    >>> (a @ a.T).shape                               # matrix product: (2, 3) @ (3, 2) -> (2, 2)
+    torch.Size([2, 2])
+    >>> a + torch.tensor([10.0, 0.0, 0.0])      # broadcasting: shapes are aligned at the right
+    tensor([[11.,  2.,  3.],
+            [14.,  5.,  6.]])
+    >>> (a * torch.ones(2, 1)).shape                  # and an axis of size 1 is repeated
     torch.Size([2, 3])
-    >>> bool((torch.rand(1000) < 1).all())    # uniform in [0, 1)
-    True
-    >>> torch.zeros(2, dtype=torch.long)      # long, 64-bit integers: the dtype of token ids
-    tensor([0, 0])
-    >>> torch.tensor([5.5, 3]).dtype          # one float makes all of them float; 32 bits are enough and fast
-    torch.float32
+    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape         # other shapes
+    (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
+    >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # along the last axis, -1: e^x by their sum
+    tensor([0.0900, 0.2447, 0.6652])
+    >>> a.add_(1).sum()                               # a name that ends in _ changes the tensor
+    tensor(27.)
 
-    Fact 2. A CPU tensor and a NumPy array can share their memory, so turning one into the other copies nothing.
+    Fact 2. A tensor and a NumPy array can share their memory: torch.from_numpy(array) and
+    tensor.numpy() copy nothing. (NumPy is not needed below.)
 
-    >>> try:
-    ...     import numpy
-    ...     array = torch.ones(2).numpy()
-    ...     array += 1                        # changes the tensor too; from_numpy goes the other way
-    ...     print(torch.from_numpy(array).tolist())
-    ... except ImportError:
-    ...     print([2.0, 2.0])                 # NumPy is not installed: skipped; nothing below needs it
-    [2.0, 2.0]
-
-    Fact 3. Autograd: PyTorch records what is done to a tensor that requires_grad; backward() walks back through
-    the record by the chain rule. By hand: the derivative of w^2 + 3w is 2w + 3, which is 7 at w = 2.
+    Fact 3. PyTorch records what is done to a tensor with requires_grad. backward() follows the
+    record back and finds the gradient: how the result changes when the tensor changes a little. By
+    hand: the derivative of w^2 + 3w is 2w + 3, which is 7 at w = 2.
 
     >>> w = torch.tensor(2.0, requires_grad=True)
     >>> (w ** 2 + 3 * w).backward()
     >>> w.grad
     tensor(7.)
 
-    Fact 4. An nn.Module holds the state that is learned (the weights), so a network inherits from it: whatever
-    is assigned to self - a layer, a Parameter - is found by parameters() and state_dict().
+    Fact 4. A network is a class, an nn.Module. What its __init__ assigns to self, layers or
+    Parameters, holds the weights, the numbers that are learned. You write its forward(x); module(x)
+    calls it. Two layers do most of the work:
 
-    >>> layer = nn.Linear(3, 2, bias=False)   # y = x W^T, with W of shape (2, 3)
-    >>> [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
-    [('weight', (2, 3))]
+    >>> layer = nn.Linear(3, 2, bias=False)           # y = x W^T, with W of shape (2, 3)
+    >>> table = nn.Embedding(21, 128)                 # a table: number i becomes row i
+    >>> layer(a).shape, table(torch.tensor([8, 11])).shape, [p.shape for p in layer.parameters()]
+    (torch.Size([2, 2]), torch.Size([2, 128]), [torch.Size([2, 3])])
 
-    Fact 5. A loss says how wrong the network is; an optimizer moves each weight a little against its gradient.
+    Fact 5. A loss says how wrong the network is. An optimizer moves each weight a little against
+    its gradient, so that the loss gets smaller. The learning rate (lr) says how far.
 
-    >>> optimizer = torch.optim.SGD([w], lr=0.1)
-    >>> loss = (w - 5) ** 2                   # 9.0: w is 2 and should be 5
-    >>> optimizer.zero_grad(); loss.backward(); optimizer.step()
-    >>> bool((w - 5) ** 2 < loss)
-    True
+    >>> optimizer = torch.optim.SGD([w], lr=0.1)      # plain gradient descent
+    >>> loss = (w - 5) ** 2                           # w is 2 and should be 5
+    >>> optimizer.zero_grad()                  # backward adds to w.grad, so the old 7 must go
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> round(w.item(), 2)                            # the gradient is -6, so w moves up by 0.6
+    2.6
     """
 
-
-######## Step 2: what an LLM is ###############################################################################
+######## Step 2: what an LLM is ####################################################################
 #
-# A language model does one thing: it looks at the tokens so far and gives a probability to each token that may
-# come next. The probability of a text is the product of these:
+# A text is cut into tokens; here a token is one character. The vocabulary is the list of all
+# tokens. A language model does one thing: it reads the tokens so far and gives each token a
+# probability to come next. The probability of a whole text is the product of these:
 #
-#     P(t1 t2 ... tn) = P(t1) P(t2 | t1) P(t3 | t1 t2) ... P(tn | t1 ... tn-1)
+#     P(t1 t2 t3) = P(t1) * P(t2 after t1) * P(t3 after t1 t2)
 #
-# Training makes the texts of the training data probable, by gradient descent on the mean of -ln P(next token).
-# Writing is: take the likeliest token, append it, ask again. ChatGPT does this with words; we do it with digits.
+# To write, it takes the likeliest token, appends it, and asks again. That is greedy decoding.
 #
-#     ids    (B, T)      "12+3="  as numbers
+# To train it, we show it texts and look, at each position, how probable it found the token that
+# really came next. The loss is -ln P, averaged over the positions (the logarithm turns the product
+# into a sum). It is called cross-entropy, and its unit is the nat. If P is 1, the loss is 0. A
+# model that knows nothing gives each of our 21 tokens P = 1/21, and its loss is ln 21 = 3.04.
+# Training changes the weights against the gradient of the loss, again and again.
+#
+# Writing goes one token at a time, because the next one is not known yet. In training the whole
+# text is known. So all positions are predicted at once, and a mask hides from each what comes after
+# it.
+#
+# What happens inside, with the shape of the numbers at each place:
+#
+#     ids    (B, T)      B texts of T tokens each: "7+8=" is 8, 11, 9, 17
 #       |
-#     embedding          each id becomes a vector of C numbers, the row of a table. The rows are learned: tokens
-#       |                that behave alike end up with vectors that are alike.
-#     block  x n_layer   attention: a token LOOKS at earlier tokens and takes what it needs from them. Each sends
-#       |                  a query ("I write the tens digit: where are the tens?"), each shows a key ("I am a
-#       |                  tens digit") and a value ("I am a 7"). Where query and key agree, the value flows.
-#       |                MLP: then each token THINKS about what it took, by itself.
-#       |                Both ADD their result to the token's vector: x = x + attention(x); x = x + mlp(x).
-#     head               C numbers become V scores, the logits; softmax makes them probabilities.
+#     embedding          Each id becomes a vector of C numbers, a row of a table. The rows are
+#       |                learned: tokens that behave alike end up with vectors that are alike.
+#     block  x n_layer   Attention: a token LOOKS at earlier tokens and takes what it needs. It asks
+#       |                a query ("I write the tens digit: where are the tens?"). Each earlier token
+#       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
+#       |                key agree, the value flows.
+#       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
+#       |                Both ADD their result to the token's vector: x = x + attention(x), then
+#       |                x = x + mlp(x). This sum through all blocks is the residual stream.
+#     output head        C numbers become V scores, the logits. Softmax makes them probabilities.
 #       |
-#     logits (B, T, V)   at every position at once, which is why training is fast
+#     logits (B, T, V)   at every position
 #
-# Why it writes its working: a model with n_layer blocks has n_layer moments of thought for each token, no more.
-# Whatever takes more thought than that must be written down and read again. `train --no-working` learns the answer
-# alone: the README shows what that does to sums, which need one step, and to expressions, which need several.
-
-def untrained_loss(vocab_size):
-    """The loss, in nats a token, of a model that knows nothing: it gives each token the probability 1/V.
-
-    >>> logits = torch.zeros(1, 21)                                    # the same score for all 21 tokens
-    >>> round(F.cross_entropy(logits, torch.tensor([7])).item(), 3), round(untrained_loss(21), 3)
-    (3.045, 3.045)
-    """
-    return math.log(vocab_size)
-
-
-def knob(default, help):
-    """A field of Config with the sentence that --help shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclasses.dataclass
-class Config:
-    """Every number that defines a run. Each is a flag of `train`: --n_layer 2, --no-place ... Raises InputError."""
-    n_layer: int = knob(4, "blocks, one after the other")
-    n_head: int = knob(6, "attention heads of a block")
-    head_dim: int = knob(32, "channels of one head")
-    n_embd: int = knob(128, "channels C: the length of a token's vector")
-    block_size: int = knob(320, "longest line, in tokens")
-    n_place: int = knob(64, "places with an embedding of their own: ones, tens, hundreds ...")
-    n_slot: int = knob(40, "slots with an embedding of their own: up to the first sign of a step, up to the next ...")
-    place: bool = knob(True, "tell the model step, slot and place of each token; --no-place: its column alone")
-    gap: int = knob(2, "in training, places are numbered with gaps: the next is 1 to this higher")
-    ones_first: bool = knob(True, "write numbers from the ones place")
-    working: bool = knob(True, "learn to write the working; --no-working learns problem=answer alone")
-    muon: bool = knob(True, "train the blocks' matrices with Muon; --no-muon trains everything with AdamW")
-    kinds: str = knob("add sub mul div expr algebra", "kinds of problem to learn")
-    steps: int = knob(11000, "optimizer steps")
-    batch_tokens: int = knob(2048, "tokens of a batch, about")
-    lr: float = knob(0.02, "highest learning rate of Muon")
-    adam_lr: float = knob(0.003, "highest learning rate of AdamW")
-    weight_decay: float = knob(0.01, "pull of the weights towards zero")
-    warmup: int = knob(100, "steps in which the learning rates rise")
-    flat: float = knob(0.4, "part of the run after which the learning rates fall, below 1")
-    seed: int = knob(0, "chooses the first weights and the training problems")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            number = getattr(self, field.name)
-            if field.name not in ("seed", "weight_decay", "flat") and field.type in (int, float) and not number > 0:
-                raise InputError(f"--{field.name} {number} must be more than 0")
-        if self.head_dim % 8:
-            raise InputError(f"--head_dim {self.head_dim} must be a multiple of 8")
-        unknown = [kind for kind in self.kinds.split() if kind not in KINDS]
-        if unknown or not self.kinds.split():
-            raise InputError(f"--kinds '{self.kinds}' must name some of: {' '.join(KINDS)}")
-        if not 0 <= self.flat < 1:
-            raise InputError(f"--flat {self.flat} must be at least 0 and below 1")
-
-
-######## Step 3-1: the tokenizer ##############################################################################
+# This is a Transformer. It only continues a text, so it is called decoder-only; GPT means
+# generative pre-trained Transformer. A model of n_layer blocks has n_layer moments of thought for
+# each token. What takes more must be written down and read again. So our model writes its working.
 #
-# One token is one character. Numbers are turned round at this door, and only here: the model reads and writes
-# 408 as 8, 0, 4. Carries run from the ones upward, so each digit can be written when all it depends on is known.
-# (Lee et al. 2023, "Teaching Arithmetic to Small Transformers", found the same for addition.) Letters turn with
-# their number: 48x is read as x, 8, 4, so that each digit is known to count x, and finds the digits it goes with.
+# A chat model such as ChatGPT is the same machine with the same loss. The differences: its tokens
+# are pieces of words, some 100,000 of them; it has many thousand times more weights and data; it is
+# trained again on instructions and on what people liked; and it draws the next token at random by
+# its probability (sampling), where ours takes the likeliest.
 
-VOCAB = "\n0123456789+-*/()=xy^"        # token 0, the newline, ends a line and fills up short rows
-ID = {ch: i for i, ch in enumerate(VOCAB)}
-TERM = "[0-9xy^]+"                      # what is turned round as one: a number, its letters, their ^2
-END, EQUALS, DIGITS = ID["\n"], ID["="], (ID["0"], ID["9"])
+######## Step 3-1: the tokenizer ###################################################################
+#
+# encode and decode turn each number round, and nothing else does: the model reads and writes 408 as
+# 8, 0, 4. A carry runs from the ones upward. So each digit is written when all that it depends on
+# is known. (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters turn with their
+# number: 48x is x, 8, 4. So when the 8 is read, it is already known to count x.
 
+VOCAB = "\n0123456789+-*/()=xy^"        # the newline, token 0, ends a line and fills up short rows
+ID = {character: i for i, character in enumerate(VOCAB)}
+END = ID["\n"]
+EQUALS = ID["="]
+DIGITS = range(ID["0"], ID["9"] + 1)
 
-def reverse_terms(text):
+def reverse_numbers(text):
     """Turn each number round, with the letters behind it. Doing it twice gives the text back.
 
-    >>> reverse_terms("12*34=408"), reverse_terms("48x^2-7x")
+    >>> reverse_numbers("12*34=408"), reverse_numbers("48x^2-7x")
     ('21*43=804', '2^x84-x7')
     """
-    return re.sub(TERM, lambda match: match[0][::-1], text)
-
+    return re.sub("[0-9xy^]+", lambda match: match[0][::-1], text)
 
 def encode(text, ones_first=True):
     """Text to a list of token ids.
 
-    >>> encode("12+3")
-    [3, 2, 11, 4]
+    >>> encode("7+8="), encode("12+3")                # 12 is read as 2, 1
+    ([8, 11, 9, 17], [3, 2, 11, 4])
     """
-    return [ID[ch] for ch in (reverse_terms(text) if ones_first else text)]
-
+    return [ID[character] for character in (reverse_numbers(text) if ones_first else text)]
 
 def decode(ids, ones_first=True):
-    """Token ids to text, the inverse of encode.
-
-    >>> decode(encode("12*34=408"))
-    '12*34=408'
-    """
+    """Token ids to text, the inverse of encode."""
     text = "".join(VOCAB[i] for i in ids)
-    return reverse_terms(text) if ones_first else text
+    return reverse_numbers(text) if ones_first else text
 
-
-######## Step 3-2: embeddings #################################################################################
+######## Step 3-2: embeddings: what a token is, and where it stands ################################
 #
-# A token's first vector says what it is (token embedding) and where in the text that is. A plain LLM numbers its tokens
-# 1, 2, 3. But a character of a calculation has an ADDRESS, like a cell of a spreadsheet:
-#   step    how many "=" stand before it;
-#   slot    how many signs and letters stand before it in its step. A number and the sign that ends it fill one slot;
-#   place   which character of its slot it is: the ones have place 1, the tens place 2 (the idea of the abacus
-#           embedding, McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings").
-# An address is counted from the tokens to the left alone. So nothing about the future leaks in, and the address of the
-# token that is to be written next is known before it is written.
-
-def positions(ids):
-    """The address of each token and of the one to come: ids (B, T) -> step, slot, place, each (B, T + 1) long.
-
-    >>> step, slot, place = positions(torch.tensor([encode("12+345=35")]))
-    >>> for name, numbers in ("step", step), ("slot", slot), ("place", place): print(f"{name:5}", *numbers[0].tolist())
-    step  0 0 0 0 0 0 0 1 1 1
-    slot  0 0 0 1 1 1 1 0 0 0
-    place 1 2 3 1 2 3 4 1 2 3
-    """
-    is_sign, is_equals = (ids < DIGITS[0]) | (ids > DIGITS[1]), ids == EQUALS         # (B, T)
-    column = torch.arange(ids.shape[1] + 1, device=ids.device)                        # (T + 1,)
-    last_sign = torch.where(is_sign, column[:-1], -1).cummax(1).values                # (B, T) its column, -1 for none
-    n_signs = is_sign.cumsum(1)
-    slot = n_signs - torch.where(is_equals, n_signs, 0).cummax(1).values              # signs since the last "="
-    return F.pad(is_equals.cumsum(1), (1, 0)), F.pad(slot, (1, 0)), column - F.pad(last_sign, (1, 0), value=-1)
-
-
-def with_gaps(place, gap):
-    """Number the places of each row anew, each 1 to `gap` above the one before: (B, T) long -> (B, T) long.
-
-    A model that has only seen numbers of ten digits learns that they end at the tenth place, and fails at the eleventh.
-    Numbered 1, 2, 3 or 1, 3, 4 or 1, 3, 5, differently for each row, a place says nothing but "the same" and "higher",
-    which is all that adding needs, and which is as true of numbers that are longer. (Random positions: Ruoss et al. 2023,
-    "Randomized Positional Encodings Boost Length Generalization of Transformers".) A row draws its own largest gap
-    first, so that many rows are numbered as they will be when the model is used: without gaps.
-
-    >>> with_gaps(torch.tensor([[1, 2, 3, 1, 2, 3, 4]]), gap=1).tolist()
-    [[1, 2, 3, 1, 2, 3, 4]]
-    """
-    largest = torch.randint(1, gap + 1, (len(place), 1), device=place.device)         # (B, 1)
-    skipped = (torch.rand(place.shape, device=place.device) * largest).long()         # (B, T) 0 to largest - 1
-    skipped[:, 0] = 0                                                                 # nothing before the ones
-    return place + skipped.cumsum(1).gather(1, place - 1)
-
-
-# Distance comes from RoPE (Su et al. 2021, "RoFormer"): query and key are cut into pairs of channels, each pair is
-# read as one complex number and turned by an angle proportional to where its token stands. A dot product then depends
-# on the DIFFERENCE of two positions only. We turn some pairs by the step, some by the slot and the rest by the place,
-# as image models do with x and y: so "the same place, one slot to the left" or "the same slot, one step before" is
-# learned once, for all places and slots. A key is turned by the address of its own token, a query by the address of
-# the token to be written: asking for the digit of the same place means asking at a distance of 0.
+# A model must know where a token stands. Most LLMs number the tokens of a text: 0, 1, 2, 3. We call
+# that number the column. They bring it into attention by RoPE, rotary position embedding (Su et al.
+# 2021, "RoFormer"). Attention asks by a dot product how well a key and a query agree. A key k at
+# column a is turned by a rotation R_a, a query q at column b by R_b, and then
+#
+#     (R_a k) . (R_b q)  =  k . (R_(b-a) q)
+#
+# depends on the distance b - a, and not on where they stand. To turn a vector, its numbers are
+# taken in pairs, each pair as one complex number, and multiplied by e^(i * column * speed), which
+# turns it by that angle. Each pair has its own speed: fast ones tell neighbours apart, slow ones
+# see far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (..., T) long -> complex (..., T, n_pairs), e^(i * where * speed).
-
-    Each pair has a speed of its own, from 2 (neighbours are far apart) down to about 2 / base (far ones are near).
-    """
-    speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)       # (n_pairs,)
-    angle = where[..., None] * speed                                                  # (..., T, n_pairs)
-    return torch.polar(torch.ones_like(angle), angle)
-
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 to about 2 / base."""
+    speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
+    angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
+    return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
 
 def rotate(x, turns):
-    """Turn x (..., T, D) by turns (..., T, D/2): pairs of channels as complex numbers, one multiplication."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                   # (..., T, D/2)
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)                   # (..., T, D)
+    """Turn vectors: x (B, T, H, D) and turns (B, T, 1, D/2), the same for all heads -> like x."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))               # (B, T, H, D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)               # (B, T, H, D)
 
+# For a calculation there is something better than a column: an address, like a cell of a table.
+#
+#     stage   how many "=" stand before the token
+#     slot    how many signs and letters stand before it in its stage; a sign ends the slot it is in
+#     place   which character of its slot it is: in a number the ones have place 1, the tens place 2
+#             (McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings")
+#
+# An address depends on the tokens to the left alone. So nothing leaks from the future, and the
+# address of the token that comes next is known before that token is written. We carry the column
+# along for --no-place, which uses it alone.
 
-######## Step 3-3: attention, MLP, block ######################################################################
+def next_address(address, token):
+    """Behind a token: its (column, stage, slot, place) and its id -> the next address."""
+    column, stage, slot, place = address
+    if token == EQUALS:
+        return column + 1, stage + 1, 0, 1
+    if token in DIGITS:
+        return column + 1, stage, slot, place + 1
+    return column + 1, stage, slot + 1, 1
+
+def find_addresses(ids):
+    """The address of each token and of the one to come: T ids -> T + 1 addresses.
+
+    >>> addresses = find_addresses(encode("12+345=357"))
+    >>> for name, numbers in zip(("column", "stage", "slot", "place"), zip(*addresses)):
+    ...     print(f"{name:6}", *(f"{n:2}" for n in numbers))     # 2 1 + 5 4 3 = 7 5 3 and the next
+    column  0  1  2  3  4  5  6  7  8  9 10
+    stage   0  0  0  0  0  0  0  1  1  1  1
+    slot    0  0  0  1  1  1  1  0  0  0  0
+    place   1  2  3  1  2  3  4  1  2  3  4
+    """
+    addresses = [(0, 0, 0, 1)]
+    for token in ids:
+        addresses.append(next_address(addresses[-1], token))
+    return addresses
+
+# The model uses addresses in two ways, and both look ahead to the NEXT token, as that one must be
+# found. First, slot and place have embeddings: those of the next token's address are added to each
+# token's vector. Second, RoPE: a key is turned by the address of its own token, a query by that of
+# the next token. Some pairs turn by the stage, some by the slot, some by the place. To write the 5
+# of 357, the query has place 2, and so have the keys of the tens, 1 and 4: it asks at distance 0.
+# (The stage has no embedding: all that matters of it is a distance, "one stage earlier".)
+#
+# A model that has only seen numbers of ten digits learns that they end at place 10, and fails at
+# place 11. So in training each line numbers its places in its own way, with gaps: 1, 2, 3 or 1, 3,
+# 4 or 1, 3, 5. Ten digits then reach up to place 19, and a place means nothing but "the same" and
+# "higher", which is all that adding needs. (Ruoss et al. 2023, "Randomized Positional Encodings".)
+
+def with_gaps(addresses, gap, rng):
+    """Number the places of a line anew, for all its numbers alike: each 1 to `largest` above the
+    one before. `largest` is drawn for each line, from 1 (no gaps, as in use) to `gap`.
+    """
+    largest = rng.randint(1, gap)
+    numbers = [0, 1]                                  # there is no place 0, and place 1 stays 1
+    for _ in range(max(place for *_, place in addresses)):
+        numbers.append(numbers[-1] + rng.randint(1, largest))
+    return [(column, stage, slot, numbers[place]) for column, stage, slot, place in addresses]
+
+######## Step 3-3: attention, MLP, block ###########################################################
 
 def attention(q, k, v):
-    """Causal attention written out: q (B, H, T, D), k and v (B, H, S, D) -> y (B, H, T, D), weights (B, H, T, S).
+    """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
+    attention weights (..., T, S). S tokens can be looked at: the T of q, and before them those in a
+    cache.
 
-    (Vaswani et al. 2017, "Attention Is All You Need".) The T queries are the last T of the S columns. PyTorch has
-    the same in one call, F.scaled_dot_product_attention, and a test compares both. What is read here is what runs. With
-    our short lines it is the faster one in bfloat16 (45,000 tokens a second against 27,000: a loop over ready batches,
-    4 heads, Zen 5) and the slower one in float32 (13 ms against 6 for 64 lines of 32 tokens, forward and backward, Zen 3;
-    torch 2.13.0, the machines in the README).
+    The score of a query and a key is their dot product: how well they agree. As a sum of D products
+    it grows with the square root of D, so it is divided by that. A causal mask sets the scores of
+    later tokens to minus infinity. Softmax turns each row of scores into weights with the sum 1
+    (computed, not learned). The result is the mix of the values by these weights. (Vaswani et al.
+    2017, "Attention Is All You Need".) Three tokens with two numbers each:
+
+    >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
+    >>> k = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    >>> v = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
+    >>> q @ k.T / math.sqrt(2)                        # scores: query 1 likes key 1, query 2 key 0
+    tensor([[0.0000, 0.0000, 0.0000],
+            [0.0000, 1.4142, 0.0000],
+            [2.8284, 0.0000, 0.0000]])
+    >>> torch.full((3, 3), float("-inf")).triu(1)     # the mask; triu(1): zeros up to the diagonal
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf],
+            [0., 0., 0.]])
+    >>> y, weights = attention(q, k, v)
+    >>> weights                                       # token 0 can only look at itself
+    tensor([[1.0000, 0.0000, 0.0000],
+            [0.1956, 0.8044, 0.0000],
+            [0.8943, 0.0529, 0.0529]])
+    >>> y
+    tensor([[10.0000,  0.0000],
+            [ 1.9557,  8.0443],
+            [ 9.2071,  0.7929]])
     """
     T, S = q.shape[-2], k.shape[-2]
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                       # (B, H, T, S) agreement
-    future = torch.full((T, S), float("-inf"), device=q.device).triu(S - T + 1)       # 0, right of the diagonal -inf
-    weights = scores.add_(future).softmax(-1)                                         # e^-inf = 0; each row sums to 1
-    return weights @ v, weights                                                       # (B, H, T, D) mix of values
-
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)                     # (..., T, S)
+    scores += torch.full((T, S), float("-inf"), device=q.device).triu(S - T + 1)
+    weights = scores.softmax(-1)                                                  # (..., T, S)
+    return weights @ v, weights                                                   # (..., T, D)
 
 class CausalSelfAttention(nn.Module):
     """Tokens look at earlier tokens: x (B, T, C) -> (B, T, C).
 
-    cache is None in training. In decoding it is a list that keeps keys and values of earlier columns, so that
-    each is computed once: empty at first, then [k, v], each (B, H, S, D).
-
-    The heads need not share C between them: six of 32 channels look at more places at once than four, and an MLP of 3 C
-    instead of 4 C leaves them the weights.
+    This happens H times side by side, each time with queries, keys and values of its own. Each is a
+    head: one may find the tens, another the sign.
+    cache: None in training. In writing it is a list, empty at first, that keeps the keys and values
+    of earlier tokens, so that each is computed once (the key/value cache).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
-        heads = config.n_head * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, 3 * heads, bias=False)                    # query, key, value in one
-        self.out = nn.Linear(heads, config.n_embd, bias=False)
-        self.gain = nn.Parameter(torch.full((config.n_head, 1, 1), 2.0))
-        nn.init.zeros_(self.out.weight)       # a new block adds nothing at first, so that gradients pass freely
+        inner = config.n_head * config.head_dim       # H * D; it need not be C
+        self.n_head = config.n_head
+        self.query = nn.Linear(config.n_embd, inner, bias=False)
+        self.key = nn.Linear(config.n_embd, inner, bias=False)
+        self.value = nn.Linear(config.n_embd, inner, bias=False)
+        self.out = nn.Linear(inner, config.n_embd, bias=False)
+        self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))
+        nn.init.zeros_(self.out.weight)               # a new block adds nothing: a simple start
 
     def forward(self, x, turns, cache=None):
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim).transpose(1, 3)   # (B, H, 3, T, D)
-        # QK-norm (Henry et al. 2020): queries and keys of fixed length, so that no score can run away; how sharply
-        # a head may look is one learned number, its gain
-        qk, v = qkv.split((2, 1), dim=2)
-        q, k = rotate(F.layer_norm(qk, (self.head_dim,)), turns).unbind(2)            # each (B, H, T, D)
-        q, v = q * self.gain, v.squeeze(2)
+        q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
+        k = self.key(x).unflatten(-1, (self.n_head, -1))
+        v = self.value(x).unflatten(-1, (self.n_head, -1))
+        # layer_norm: mean 0 and spread 1, so one length for all; no score can run away (QK-norm,
+        # Henry et al. 2020). How sharply a head looks is then one learned number, its gain.
+        q = self.gain * rotate(F.layer_norm(q, q.shape[-1:]), turns[:, 1:])       # next address
+        k = rotate(F.layer_norm(k, k.shape[-1:]), turns[:, :-1])                  # own address
+        if cache:
+            k, v = torch.cat((cache[0], k), dim=1), torch.cat((cache[1], v), dim=1)
         if cache is not None:
-            if cache:
-                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)      # (B, H, S, D)
-            cache[:] = [k, v]
-        y, weights = attention(q, k, v)                                               # (B, H, T, D)
-        self.weights = weights.detach()                                               # what it looked at, for `look`
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))                          # heads side by side again
-
-
-class MLP(nn.Module):
-    """Each token thinks by itself: x (B, T, C) -> (B, T, C), through a hidden layer three times as wide."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.hidden = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out = nn.Linear(3 * config.n_embd, config.n_embd, bias=False)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x):
-        return self.out(F.relu(self.hidden(x)))                                       # (B, T, 3C) in between
-
+            cache[:] = k, v                                                       # (B, S, H, D)
+        y, weights = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        self.weights = None if self.training else weights                         # for Step 7-1
+        return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
     """Look, then think: x (B, T, C) -> (B, T, C).
 
-    Pre-norm: the norm stands before each part, not after the sum as in the figure of the 2017 paper, so that the
-    sums form an unbroken path from the embedding to the head (Xiong et al. 2020).
+    The MLP lets each token think by itself: two layers, and ReLU between them, which sets to 0 what
+    is below 0. (Without it, two layers could do no more than one.) The 3 C numbers in the middle
+    detect things, such as "a 9 and a carry". LayerNorm brings each token's vector to mean 0 and
+    spread 1, then applies a learned scale and shift to each of its numbers. So a layer reads
+    numbers of one size, however much the blocks before it have added. It stands before each part
+    (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        self.attention, self.mlp = CausalSelfAttention(config), MLP(config)
+        C = config.n_embd
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attention = CausalSelfAttention(config)
+        wide, narrow = nn.Linear(C, 3 * C, bias=False), nn.Linear(3 * C, C, bias=False)
+        nn.init.zeros_(narrow.weight)
+        self.mlp = nn.Sequential(wide, nn.ReLU(), narrow)        # (B, T, 3 C) in the middle
 
     def forward(self, x, turns, cache=None):
         x = x + self.attention(self.norm1(x), turns, cache)
         return x + self.mlp(self.norm2(x))
 
+######## Step 3-4: the model #######################################################################
 
-######## Step 3-4: the model ##################################################################################
+@dataclasses.dataclass
+class Config:
+    """All numbers that define a run. Each is a flag of `train`: --n_layer 2, --no-place ..."""
+    n_layer: int = 4            # blocks, one after the other
+    n_head: int = 6             # attention heads H of a block
+    head_dim: int = 32          # numbers D for each token in a head
+    n_embd: int = 128           # numbers C for each token
+    block_size: int = 448       # longest line, in tokens
+    n_place: int = 64           # places that have an embedding: ones, tens, hundreds ...
+    n_slot: int = 40            # slots that have an embedding
+    place: bool = True          # tell the model stage, slot and place; --no-place: the column alone
+    gap: int = 2                # in training the next place is 1 to this higher
+    ones_first: bool = True     # write numbers from the ones place
+    working: bool = True        # learn to write the working; --no-working: the answer alone
+    muon: bool = True           # train the matrices with Muon (Step 5-1); --no-muon: all with AdamW
+    kinds: str = "add sub mul div expr algebra"      # kinds of problem to learn
+    steps: int = 11000          # optimizer steps
+    batch_tokens: int = 2048    # tokens of a batch, about
+    lr: float = 0.02            # highest learning rate of Muon
+    adam_lr: float = 0.003      # highest learning rate of AdamW
+    weight_decay: float = 0.01  # how strongly the weights are pulled towards zero
+    warmup: int = 100           # steps in which the learning rates rise
+    flat: float = 0.4           # part of the run after which the learning rates fall
+    seed: int = 0               # chooses the first weights and the training problems
 
 class TinyLLM(nn.Module):
-    """A decoder-only Transformer: ids (B, T) -> logits (B, T, V).
+    """A decoder-only Transformer: ids (B, T) -> logits (B, T, V). One example all the way: 4 tokens
+    become 4 vectors of C = 128 numbers, a block keeps the shape, the head makes 21 scores of each.
 
-    >>> model = TinyLLM(Config(n_layer=2))
-    >>> model(torch.tensor([encode("12+3=15")])).shape           # 7 tokens, 21 scores for what follows each
-    torch.Size([1, 7, 21])
-    >>> sum(p.numel() for p in TinyLLM(Config()).parameters())
+    >>> model = TinyLLM(Config())
+    >>> ids = torch.tensor([encode("7+8=")])
+    >>> addresses = torch.tensor([find_addresses(ids[0].tolist())])
+    >>> x, turns = model.embed(ids, addresses), model.turns(addresses)
+    >>> [list(tensor.shape) for tensor in (ids, x, model.blocks[0](x, turns), model(ids))]
+    [[1, 4], [1, 4, 128], [1, 4, 128], [1, 4, 21]]
+
+    The last row of scores is for the token behind "=": a 5, the ones of 15. A new model knows
+    nothing.
+
+    >>> logits = model(ids)[0, -1]                    # (V,)
+    >>> loss = F.cross_entropy(logits, torch.tensor(ID["5"]))
+    >>> 0.03 < logits.softmax(-1)[ID["5"]].item() < 0.07, 2.7 < loss.item() < 3.4
+    (True, True)
+    >>> sum(p.numel() for p in model.parameters())    # weights in all
     807448
     """
 
@@ -427,654 +440,181 @@ class TinyLLM(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, len(VOCAB), bias=False)
         for layer in (self.token, self.place, self.slot, self.head):
-            nn.init.normal_(layer.weight, std=0.02)              # small: all logits start near 0, the loss near ln V
+            nn.init.normal_(layer.weight, std=0.02)   # small: all logits start near 0
 
-    def forward(self, ids, cache=None):
-        """ids (B, T) -> logits (B, T, V). With a cache (one list per block), only of the columns not in it yet.
-
-        In training mode (model.train(), as it is when new), places have random gaps; model.eval() leaves them out.
-        """
-        start = cache[0][0].shape[2] if cache and cache[0] else 0
-        n_pairs = self.config.head_dim // 2
-        x = self.token(ids[:, start:])                                                # (B, T, C)
+    def embed(self, ids, addresses):
+        """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
+        x = self.token(ids)                                                       # (B, T, C)
         if self.config.place:
-            step, slot, place = (where[:, start:] for where in positions(ids))        # (B, T + 1) each
-            if self.training:
-                place = with_gaps(place, self.config.gap)
-            x = x + self.place(place[:, 1:].clamp(max=self.config.n_place - 1))       # where the next token goes
-            x = x + self.slot(slot[:, 1:].clamp(max=self.config.n_slot - 1))
-            n = 3 * n_pairs // 8                                                      # of 16 pairs 4, 6 and 6
-            turns = torch.cat((rotations(place, n_pairs - 2 * n, 16), rotations(slot, n, 16),
-                               rotations(step, n, 16)), -1)                           # (B, T + 1, D/2)
-        else:
-            column = torch.arange(start, ids.shape[1] + 1, device=ids.device)         # (T + 1,)
-            turns = rotations(column, n_pairs, 1000)[None]                            # (1, T + 1, D/2)
-        turns = torch.stack((turns[:, 1:], turns[:, :-1]), 1)[:, None]                # (B, 1, 2, T, D/2) of q, of k
+            _, _, slot, place = addresses[:, 1:].unbind(-1)                       # (B, T) each
+            # beyond the tables, the last row stands for all
+            x = x + self.slot(slot.clamp(max=self.config.n_slot - 1))
+            x = x + self.place(place.clamp(max=self.config.n_place - 1))
+        return x
+
+    def turns(self, addresses):
+        """How keys and queries turn: addresses (B, T + 1, 4) -> (B, T + 1, 1, D/2), complex."""
+        column, stage, slot, place = addresses.unbind(-1)                         # (B, T + 1) each
+        n_pairs = self.config.head_dim // 2
+        if not self.config.place:
+            return rotations(column, n_pairs, 1000).unsqueeze(2)
+        n = 3 * n_pairs // 8                          # of 16 pairs: 4 by place, 6 by slot and stage
+        by_place, by_slot = rotations(place, n_pairs - 2 * n, 16), rotations(slot, n, 16)
+        return torch.cat((by_place, by_slot, rotations(stage, n, 16)), dim=-1).unsqueeze(2)
+
+    def forward(self, ids, addresses=None, cache=None):
+        """ids (B, T) -> logits (B, T, V). addresses (B, T + 1, 4); None: they are counted here.
+
+        cache: a list for each block; then ids are the new tokens behind those in it.
+        """
+        if addresses is None:
+            addresses = [find_addresses(row) for row in ids.tolist()]
+            addresses = torch.tensor(addresses, device=ids.device)                # (B, T + 1, 4)
+        x = self.embed(ids, addresses)                                            # (B, T, C)
+        turns = self.turns(addresses)                                      # (B, T + 1, 1, D/2)
         for i, block in enumerate(self.blocks):
-            x = block(x, turns, None if cache is None else cache[i])                  # (B, T, C)
-        return self.head(self.norm(x))                                                # (B, T, V)
+            x = block(x, turns, cache[i] if cache else None)                      # (B, T, C)
+        return self.head(self.norm(x))                                            # (B, T, V)
 
-
-######## Step 4-1: making the data ############################################################################
+######## Step 4-1: making the data #################################################################
 #
-# We need endless problems with their working. The machine that makes them is one idea: a problem is a tree, and
-# a step REWRITES it. Every operation whose operands are plain numbers is rewritten at once; what is left when
-# nothing changes any more is the answer. A new kind of problem needs one more rule, and nothing else.
-
-MAX_DEPTH, MAX_LENGTH = 40, 400                      # brackets within brackets, characters: bounds for any input
-LOOKALIKES = str.maketrans({"\u00d7": "*", "\u22c5": "*", "\u00f7": "/", "\u2215": "/", "\u2212": "-", "\u00b2": "^2"})
-
-
-def normalize(text):
-    """What people type, as the characters of VOCAB. Raises InputError that names the first unknown character.
-
-    >>> normalize(" 12 \\u00d7 (3 + 007) = ")
-    '12*(3+7)'
-    """
-    if re.search(r"[0-9]\s+[0-9]", text):
-        raise InputError("there is a space inside a number; write the number without it")
-    clean = ""
-    for ch in text:
-        plain = unicodedata.normalize("NFKC", LOOKALIKES.get(ord(ch), ch)).translate(LOOKALIKES)
-        if plain.isspace():                          # also the ideographic one
-            continue
-        if not all(c in ID for c in plain) or (plain.isdigit() and unicodedata.category(ch) == "No"):    # a raised 3
-            raise InputError(f"unknown character {describe(ch)}; write digits, + - * / ^2, brackets, the letters x and y")
-        clean += plain
-    clean = clean[:-1] if clean.endswith("=") else clean
-    if not clean:
-        raise InputError("the problem is empty; write something like 12*34")
-    if "=" in clean:
-        raise InputError("a problem has no '=' inside; write only what stands before it")
-    return re.sub("(?<![0-9])0+(?=[0-9])", "", clean)                                 # 007 is 7
-
-
-def describe(ch):
-    """A character's name in ASCII, for messages on any console."""
-    return f"'{ch}'" if ch.isascii() and ch.isprintable() else f"U+{ord(ch):04X} {unicodedata.name(ch, '')}".strip()
-
-
-@functools.lru_cache(maxsize=8)                       # who draws or checks a line asks for its steps more than once
-def parse(text, brackets=False):
-    """Text to tree: school precedence, left to right. Raises InputError that says where it breaks off.
-
-    >>> parse("1+2*3-4")
-    ('-', ('+', 1, ('*', 2, 3)), 4)
-    >>> parse("-(1+2)/3")
-    ('/', ('neg', ('+', 1, 2)), 3)
-    >>> parse("(x+1)*2", brackets=True)              # brackets as nodes of their own, for typesetting
-    ('*', ('()', ('+', 'x', 1)), 2)
-    """
-    if len(text) > MAX_LENGTH:
-        raise InputError(f"the problem has {len(text)} characters, {MAX_LENGTH} at most can be read; write less")
-    tokens, at = re.findall("[0-9]+|.", text), 0
-    letters = "x" in text or "y" in text
-
-    def peek():
-        return tokens[at] if at < len(tokens) else ""
-
-    def take():
-        nonlocal at
-        at += 1
-        return tokens[at - 1]
-
-    def fail(wanted):
-        place = f"at {describe(peek()[0])}, character {len(''.join(tokens[:at])) + 1}" if peek() else "at the end"
-        raise InputError(f"{wanted} {place} of {text[:40]}")
-
-    def number(depth):                               # a number, a letter, or something in brackets
-        if peek().isdigit():
-            return int(take())
-        if peek() in ("x", "y"):
-            return power(take())
-        if peek() != "(":
-            fail("a number or an opening bracket is missing")
-        if depth == MAX_DEPTH:
-            raise InputError(f"brackets are nested deeper than {MAX_DEPTH}; write the problem in several parts")
-        take()
-        node = terms(depth + 1)
-        if peek() != ")":
-            fail("a closing bracket is missing")
-        take()
-        return power(("()", node) if brackets else node)
-
-    def power(base):
-        if peek() != "^":
-            return base
-        take()
-        if peek() != "2" or not letters:
-            raise InputError("only letters and brackets with letters can be squared; write a product instead")
-        take()
-        return ("^", base, 2)
-
-    def factors(node, depth):                        # numbers joined by * and /, or simply side by side as in 3x
-        while peek() and peek() in "*/(xy":
-            if peek() in "*/":
-                op = take()
-            elif (op := "*") and isinstance(node, tuple) and node[0] == "/":
-                raise InputError(f"{text[:40]} can be read in two ways; write a * or brackets after the division")
-            node = (op, node, number(depth))
-        return node
-
-    def terms(depth):                                # a sign, perhaps; then factors joined by + and -
-        if peek() == "-":
-            take()
-            node = number(depth)
-            node = factors(-node if isinstance(node, int) else ("neg", node), depth)
-        else:
-            node = factors(number(depth), depth)
-        while peek() and peek() in "+-":
-            node = (take(), node, factors(number(depth), depth))
-        return node
-
-    node = terms(0)
-    if peek():
-        fail("an operator is missing" if peek() != ")" else "an opening bracket is missing for the one")
-    if letters and degree(node) > 2:
-        raise InputError(f"{text[:40]} multiplies more than two letters; only products up to x^2, xy and y^2 are known")
-    return node
-
-
-def degree(node):
-    """How many letters are multiplied with one another: 0 for a number, 2 for xy. Raises InputError for a division."""
-    if not isinstance(node, tuple):
-        return int(isinstance(node, str))
-    if node[0] == "^":
-        return 2 * degree(node[1])
-    degrees = [degree(child) for child in node[1:]]
-    if node[0] == "/" and max(degrees) > 0:
-        raise InputError("letters cannot be divided here; write the problem without the division")
-    return sum(degrees) if node[0] == "*" else max(degrees)
-
-
-STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "factors": 2, "fraction": 2, "^": 3}      # the stronger operator binds first
-
-
-def to_text(node, first=True, spare=lambda: False):
-    """Tree to text, the inverse of parse, with no brackets but those that are needed.
-
-    first: node is the first thing written after "(" or "=", where -3 needs no brackets.
-    spare: asked at every operation whether to put brackets that are not needed, as people do.
-
-    >>> to_text(("-", ("*", -3, ("+", 1, 2)), ("neg", ("/", 8, 4))))
-    '-3*(1+2)-(-(8/4))'
-    """
-    if isinstance(node, str):
-        return node
-    if isinstance(node, int):
-        return str(node) if first or node >= 0 else f"({node})"
-    if node[0] in ("factors", "fraction"):           # 2*2*3/(3*7), 4/7: see divide
-        _, sign, above, below = node
-        text = ("-" if sign < 0 else "") + "*".join(map(str, above or [1])) + "/"
-        text += str(below[0]) if len(below) == 1 else f"({'*'.join(map(str, below))})"
-        return text if first or sign > 0 else f"({text})"
-    op, left, right = (*node, None)[:3]
-
-    def side(child, first, weakest):
-        if not isinstance(child, tuple) or child[0] == "neg" or (STRENGTH[child[0]] >= weakest and not spare()):
-            return to_text(child, first, spare)
-        return f"({to_text(child, True, spare)})"
-
-    if op == "neg":
-        text = "-" + (side(left, True, 3) if isinstance(left, str) or left[0] == "^" else f"({to_text(left)})")
-        return text if first else f"({text})"
-    if op == "^":
-        return side(left, False, 4) + "^2"
-    if op == "*" and degree(node):                   # 3x and 2(x+1), the number first
-        if isinstance(right, int):
-            left, right = right, left
-        return side(left, first, 2) + side(right, False, 3)
-    return side(left, first, STRENGTH[op]) + op + side(right, False, STRENGTH[op] + 1)
-
-
-def split_places(n):
-    """345 -> [300, 40, 5]: the number by place value, without zeros."""
-    return [int(digit) * 10 ** i for i, digit in enumerate(reversed(str(n))) if digit != "0"][::-1]
-
-
-def multiply(a, b):
-    """One digit, with zeros behind or not, times two is one step; anything larger is split by place value.
-
-    >>> [to_text(multiply(*factors)) for factors in ((45, 20), (345, 20), (345, 27), (27, 345), (-345, 27), (345, 10))]
-    ['900', '6000+900', '345*20+345*7', '20*345+7*345', '-(345*20+345*7)', '3450']
-    """
-    if a < 0 or b < 0:
-        product = multiply(abs(a), abs(b))
-        return product if (a < 0) == (b < 0) else -product if isinstance(product, int) else ("neg", product)
-    parts_a, parts_b = split_places(a), split_places(b)
-    few, many = sorted((parts_a, parts_b), key=len)
-    if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
-        return a * b                                 # 45*20; 345*10, which only adds a zero; 345*0
-    if len(few) == 1:                                # 345*7 = 300*7 + 45*7
-        return ("+", many[0] * few[0], multiply(sum(many[1:]), few[0]))
-    if len(parts_a) < len(parts_b):
-        products = [("*", part, b) for part in parts_a]
-    else:
-        products = [("*", a, part) for part in parts_b]
-    return functools.reduce(lambda total, product: ("+", total, product), products)
-
-
-def prime_factors(n):
-    """84 -> [2, 2, 3, 7], 1 -> []."""
-    factors, p = [], 2
-    while n > 1:
-        if n % p:
-            p += 1
-        else:
-            factors.append(p)
-            n //= p
-    return factors
-
-
-def cancel(sign, above, below):
-    """Cancel what two lists of primes have in common; multiply out where nothing is, or little is left.
-
-    >>> [to_text(cancel(1, *lists)) for lists in (([2, 7], [23]), ([2, 2, 3], [2, 3, 3]), ([2, 2, 2, 3], [2, 3, 3]))]
-    ['14/23', '2/3', '2*2/3']
-    """
-    common = Counter(above) & Counter(below)
-    above, below = (sorted((Counter(side) - common).elements()) for side in (above, below))
-    if common and (len(above) > 1 or len(below) > 1):
-        return ("factors", sign, above, below)
-    return ("fraction", sign, [math.prod(above)], [math.prod(below)])
-
-
-def divide(a, b):
-    """Take off a multiple of the divisor, "digit x power of ten"; a proper fraction is taken apart into primes.
-
-    >>> [to_text(divide(*pair)) for pair in ((56, 7), (534, 7), (1831, 23), (23, 23), (12, 18), (3, 7))]
-    ['8', '70+(534-490)/7', '70+(1831-1610)/23', '1', '2*2*3/(2*3*3)', '3/7']
-    """
-    if b < 0:
-        return ("/", -a, -b)
-    sign, a = (-1, -a) if a < 0 else (1, a)
-    if a == 0:
-        return 0
-    if a < b:
-        above, below = prime_factors(a), prime_factors(b)
-        return ("factors", sign, above, below) if len(above) > 1 or len(below) > 1 else ("fraction", sign, [a], [b])
-    if a == b or b == 1:
-        return sign * a // b
-    # From 20 on nobody knows the tables. A pupil rounds up, 23 to 25, and takes a digit that is sure to fit.
-    unit = 1 if b < 20 else 5 if b < 50 else 10
-    digits = str(max(1, a // (-(-b // unit) * unit)))
-    taken = int(digits[0]) * 10 ** (len(digits) - 1)
-    if b < 10 and a == taken * b:
-        return sign * taken
-    return ("+" if sign > 0 else "-", sign * taken, ("/", ("-", a, taken * b), b))
-
-
-RULES = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": multiply, "/": divide, "neg": lambda a: -a}
-
-
-def rewrite(node):
-    """One step of working: each operation on plain numbers is rewritten, all of them at once.
-
-    >>> node = parse("(12+3)*4-6-15/18")
-    >>> while rewrite(node) != node: node = rewrite(node); print(to_text(node))
-    15*4-6-3*5/(2*3*3)
-    60-6-5/(2*3)
-    54-5/6
-    """
-    match node:
-        case int() | ("fraction", *_):
-            return node
-        case ("factors", sign, above, below):
-            return cancel(sign, above, below)
-    op, *old = node
-    if all(isinstance(child, int) for child in old):
-        return RULES[op](*old)
-    new = [rewrite(child) for child in old]
-    if op == "neg":
-        return -new[0] if isinstance(new[0], int) else (op, new[0])
-    match old[1], new[1]:
-        case ("*" | "/", _, _), ("+", a, b) if op in "+-" and not (isinstance(a, int) and isinstance(b, int)):
-            return (op, (op, new[0], a), b)          # 70+221/23 -> 70+9+(221-207)/23, without brackets
-    return (op, *new)
-
-
-# With letters, a step is one of three, for the whole line at once: multiply out, sort, add what is alike. All of them
-# work on a list of terms: 3x-2 is [(3, "x"), (-2, "")].
-
-MONOMIALS = ("xx", "xy", "yy", "x", "y", "")         # in the order in which an answer has them
-
-
-def write_out(node):
-    """Multiply out every bracket: a tree with letters -> its terms, in the order in which they come.
-
-    >>> write_out(parse("3(2x-1)-2(x+4)"))
-    [(6, 'x'), (-3, ''), (-2, 'x'), (-8, '')]
-    """
-    if isinstance(node, int):
-        return [(node, "")]
-    if isinstance(node, str):
-        return [(1, node)]
-    op, left, right = (*node, None)[:3]
-    if op == "neg":
-        return [(-n, letters) for n, letters in write_out(left)]
-    if op in "+-":
-        return write_out(left) + write_out(right if op == "+" else ("neg", right))
-    right = left if op == "^" else right
-    return [(a * b, "".join(sorted(m + n))) for a, m in write_out(left) for b, n in write_out(right)]
-
-
-def join(terms):
-    """Terms to text.
-
-    >>> join([(1, "xx"), (-1, "x"), (-6, "")]), join([])
-    ('x^2-x-6', '0')
-    """
-    text = "".join(f"{n:+d}{letters}" for n, letters in terms).replace("xx", "x^2").replace("yy", "y^2")
-    return re.sub("(?<=[+-])1(?=[xy])", "", text).removeprefix("+") or "0"
-
-
-def rewrite_letters(node):
-    """One step of working with letters: the first of the three that changes anything.
-
-    >>> node = parse("3(2x-1)-2(x+4)")
-    >>> while rewrite_letters(node) != node: node = rewrite_letters(node); print(to_text(node))
-    6x-3-2x-8
-    6x-2x-3-8
-    4x-11
-    """
-    terms = write_out(node)
-    in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
-    added = []                                       # of terms that are alike, the first two: 5x-5x+2x is 0x+2x
-    for letters, alike in itertools.groupby(in_order, lambda term: term[1]):
-        numbers = [n for n, _ in alike]              # a 0x that is left alone is dropped
-        added += [(n, letters) for n in (sum(numbers[:2]), *numbers[2:]) if n or len(numbers) > 1]
-    for step in (terms, in_order, added):
-        if (new := parse(join(step))) != node:
-            return new
-    return node
-
-
-@functools.lru_cache(maxsize=8)                       # who draws a problem asks for its line more than once
-def solve_by_rules(problem, working=True):
-    """The line that the model should write for a problem. This makes training data; no answer passes through it.
-
-    >>> for p in ("345*27", "162/7", "36/84", "(36/9)-31", "(x+2)(x-3)"): print(solve_by_rules(p))
-    345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
-    162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7
-    36/84=2*2*3*3/(2*2*3*7)=3/7
-    (36/9)-31=4-31=-27
-    (x+2)(x-3)=x^2-3x+2x-6=x^2-x-6
-    """
-    rule = rewrite_letters if "x" in problem or "y" in problem else rewrite
-    steps = [rule(parse(problem))]
-    while (node := rule(steps[-1])) != steps[-1]:
-        steps.append(node)
-    texts = [text for text, _ in itertools.groupby(map(to_text, steps))]              # 1/2 is the same when done
-    return "=".join([problem, *(texts if working else texts[-1:])])
-
-
-def value(node, x=0, y=0):
-    """The exact value of a tree for an x and a y, a Fraction. Raises InputError for a division by zero."""
-    if not isinstance(node, tuple):
-        return Fraction({"x": x, "y": y}.get(node, node))
-    op, *children = node
-    numbers = [value(child, x, y) for child in children]
-    if op == "/":
-        if numbers[1] == 0:
-            raise InputError("a division by zero has no answer; change the divisor")
-        return numbers[0] / numbers[1]
-    if op == "^":
-        return numbers[0] ** 2
-    return RULES[op](*numbers) if op != "*" else numbers[0] * numbers[1]
-
-
-def test_points(line):
-    """The (x, y) at which the steps of a line are compared.
-
-    Nine points prove it for all x and y: two steps differ by a polynomial of degree 2 or less in each letter, and one
-    that is 0 for three values of x and three of y is 0 everywhere.
-    """
-    return [(x, y) for x in range(3) for y in range(3)] if "x" in line or "y" in line else [(0, 0)]
-
-
-def is_true(line):
-    """Is every step of a line equal to the problem? Exact, by Fraction; what cannot be read is not true.
-
-    >>> is_true("10/4=2+2/4=2+1/2"), is_true("10/4=2+2/4=3"), is_true("10/4=2+"), is_true("2(x+1)-2x=2x+2-2x=2")
-    (True, False, False, True)
-    """
-    try:
-        steps = [parse(step) for step in line.split("=")]
-        return len(steps) > 1 and all(len({value(step, x, y) for step in steps}) == 1 for x, y in test_points(line))
-    except InputError:
-        return False
-
-
-def is_simple(text):
-    """Is this an answer: a number, a proper fraction or mixed number in lowest terms, or a sum of unlike terms?
-
-    >>> [is_simple(text) for text in ("-17", "3+1/2", "-2/3", "3+2/4", "5/2", "1+2", "")]
-    [True, True, True, False, False, False, False]
-    >>> [is_simple(text) for text in ("x^2-x-6", "10x-5y-4", "-y", "3-x", "1x", "x+0", "2x+3x")]
-    [True, True, True, False, False, False, False]
-    """
-    match = re.fullmatch("(?:-?[0-9]+|(?:-?[0-9]+[-+]|-?)([0-9]+)/([0-9]+))", text)
-    if match:
-        above, below = int(match[1] or 1), int(match[2] or 2)
-        return 0 < above < below and math.gcd(above, below) == 1
-    many = "[2-9]|[1-9][0-9]+"                       # a factor before letters: 0 and 1 are not written
-    terms = "".join(f"([-+]({many})?{letters})?" for letters in (r"x\^2", "xy", r"y\^2", "x", "y")) + "([-+][1-9][0-9]*)?"
-    return text[:1] not in ("", "+") and bool(re.fullmatch(terms, text if text[0] == "-" else "+" + text))
-
-
-# Held out by construction. A problem is never trained on if a number computed from its text says so: the same on
-# every machine, for every seed, for any amount of data. Twins share their fate: 12+39 and 39+12 are one problem.
-
-def canonical(node):
-    """One text for all problems that differ only in the order of terms or factors.
-
-    >>> canonical(parse("12+39*2")) == canonical(parse("2*39+12")), canonical(parse("-3x+5")) == canonical(parse("5-3x"))
-    (True, True)
-    """
-    def signed(node):                                # (sign, text without it): all minus signs move to the front
-        if not isinstance(node, tuple):
-            return (-1, str(-node)) if isinstance(node, int) and node < 0 else (1, str(node))
-        op, left, right = (*node, None)[:3]
-        if op == "/":
-            (a, above), (b, below) = signed(left), signed(right)
-            return a * b, f"{above}/{below}"
-        parts = []
-
-        def collect(node, sign, ops):                # flatten a chain of + and -, or of *
-            if not isinstance(node, tuple) or node[0] not in ops:
-                part = signed(node)
-                parts.append((part[1], sign * part[0]))
-            elif node[0] == "neg":
-                collect(node[1], -sign, ops)
-            else:
-                collect(node[1], sign, ops)
-                collect(node[1] if node[0] == "^" else node[2], -sign if node[0] == "-" else sign, ops)
-
-        if op in ("*", "^"):
-            collect(node, 1, ("*", "^"))
-            return math.prod(sign for _, sign in parts), f"({'*'.join(text for text, _ in sorted(parts))})"
-        collect(node, 1, ("+", "-", "neg"))
-        parts.sort()
-        sign = parts[0][1]
-        return sign, "(" + "".join("-+"[s == sign] + text for text, s in parts) + ")"
-
-    sign, text = signed(node)
-    return ("-" if sign < 0 else "") + text
-
-
-def is_held_out(problem):
-    """Is this problem (text) kept for evaluation? One in ten is. Raises InputError if it cannot be read.
-
-    >>> is_held_out("12+39"), is_held_out("39+12"), is_held_out("12+42"), is_held_out("42+12")
-    (False, False, True, True)
-    """
-    return zlib.crc32(canonical(parse(problem)).encode("ascii")) % 10 == 0
-
-
-# The kinds of problem. Each has a function draw(rng, top, practice) -> text, which draws a problem no larger than
-# `top`, and a size: digits of the longest number, or operators. Lengths are drawn evenly, not values: nearly all
-# numbers below 10^10 have ten digits, and who has never seen short ones cannot do them. practice: a pupil practises
-# what is hard, so the problems to train on have more of it than those of the test; anything in one is in the other.
-
-def number(rng, n_digits):
+# The model learns from lines such as these, one of each kind. They are drawn at random, and worked
+# by rules. (The rules are school arithmetic and stand in the appendix.)
+#     add      48213+51786=99999
+#     sub      150-144=6
+#     mul      345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
+#     div      162/7=20+(162-140)/7=20+22/7=20+3+(22-21)/7=23+1/7
+#     expr     (12+3)*4-6=15*4-6=60-6=54
+#     algebra  3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11
+#
+# A problem has a size: in the first four kinds the digits of its longest number, in the others its
+# signs. Lengths are drawn evenly, not values: nearly all numbers below 10^10 have ten digits, and
+# short ones would never come.
+
+def draw_number(rng, n_digits):
     """A number of n digits (one digit: 0 to 9)."""
     return rng.randrange(10 ** (n_digits - 1) if n_digits > 1 else 0, 10 ** n_digits)
 
+def draw_sum(op, rng, top):
+    """A sum or difference; each number has up to `top` digits. Some are hard on purpose."""
+    a = draw_number(rng, rng.randint(1, top))
+    b = draw_number(rng, rng.randint(1, top))
+    dice, digits = rng.random(), str(a)
+    keep = rng.randrange(len(digits))
+    if dice < 0.3:                                    # two numbers of one length
+        b = draw_number(rng, len(digits))
+    if dice < 0.1:                                    # of these, some begin alike: 48213-48179
+        b = int(digits[:keep] + str(draw_number(rng, len(digits) - keep)).zfill(len(digits) - keep))
+    elif dice > 0.9:                                  # 48213+51786 is all nines; 1 more, it carries
+        b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
+    return f"{'-' if rng.random() < 0.05 else ''}{a}{op}{b}"
 
-def draw_count(rng, top, practice):
-    """How many operators or terms, 2 to top: evenly, for practice the larger of two draws."""
-    return max(rng.randint(2, top) for _ in range(1 + practice))
+def draw_product(rng, top):
+    return f"{draw_number(rng, rng.randint(1, top))}*{draw_number(rng, rng.randint(1, top))}"
 
-
-def draw_sum(op):
-    """Sums or differences; some are made hard on purpose: equal lengths, equal beginnings, long carries."""
-    def draw(rng, top, practice):
-        a, b = number(rng, rng.randint(1, top)), number(rng, rng.randint(1, top))
-        dice, digits = rng.random(), str(a)
-        keep = rng.randrange(len(digits))
-        if dice < 0.3:
-            b = number(rng, len(digits))
-        if dice < (0.5 if practice else 0.1):        # 48213-48179: which is larger?
-            b = int(digits[:keep] + str(number(rng, len(digits) - keep)).zfill(len(digits) - keep))
-        elif dice > 0.9:                             # 48213+51786: one more, and every place carries
-            b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
-        return f"{'-' if rng.random() < (0.15 if practice else 0.05) else ''}{a}{op}{b}"
-    return draw
-
-
-def draw_product(rng, top, practice):
-    return f"{number(rng, rng.randint(1, top))}*{number(rng, rng.randint(1, top))}"
-
-
-def draw_quotient(rng, top, practice):
-    """Three in ten (practice: four) are proper fractions; half of the others (practice: a third) come out even."""
-    a, b = number(rng, rng.randint(1, top)), max(1, number(rng, rng.randint(1, 2)))
-    if rng.random() < (0.4 if practice else 0.3):    # short, so they cost little: half of them can be cancelled
+def draw_quotient(rng, top):
+    """Three in ten are fractions below 1, many to be cancelled; half of the rest come out even."""
+    a = draw_number(rng, rng.randint(1, top))
+    b = draw_number(rng, rng.randint(1, 2)) or 1
+    if rng.random() < 0.3:
         common = rng.choice((1, rng.randint(2, 24)))
         b = common * rng.randint(2, max(2, 99 // common))
-        return f"{rng.randrange(common, b, common)}/{b}" if b > common else "1/2"
-    if rng.random() < (0.35 if practice else 0.5):
-        a = max(1, a // b) * b
+        return f"{rng.randrange(common, b, common)}/{b}"
+    if rng.random() < 0.5:
+        a = a // b * b or b
     return f"{a}/{b}"
-
-
-def draw_expression(rng, top, practice):
-    """2 operators or more, all four operations; every value within four digits, divisions even."""
-    def tree(n):                                     # n operators -> (node, its value)
-        if n == 0:
-            leaf = number(rng, rng.choices((1, 2, 3, 4), (48, 39, 11, 2))[0]) * (-1 if rng.random() < 0.04 else 1)
-            return leaf, leaf
-        while True:
-            op, n_left = rng.choice("+-*/"), rng.randrange(n)
-            (left, a), (right, b) = tree(n_left), tree(n - 1 - n_left)
-            if op == "/":
-                if isinstance(left, int):            # choose the dividend to suit the divisor
-                    left = a = b * number(rng, rng.choice((1, 1, 2)))
-                elif isinstance(right, int):         # or the divisor to suit the dividend
-                    right = b = rng.choice([d for d in range(1, 100) if a % d == 0])
-                if not 0 < abs(b) < 100 or a % b:
-                    continue
-            result = a // b if op == "/" else RULES[op](a, b) if op != "*" else a * b
-            if abs(result) <= 9999 and abs(a) <= 9999:
-                break
-        if rng.random() < 0.03:
-            return ("neg", (op, left, right)), -result
-        return (op, left, right), result
-
-    while True:
-        problem = to_text(tree(draw_count(rng, top, practice))[0], spare=lambda: rng.random() < 0.06)
-        if len(solve_by_rules(problem)) <= 128:      # no longer than a line in a notebook
-            return problem
-
-
-def draw_algebra(rng, top, practice):
-    """Like terms, brackets to multiply out, products of two brackets; `top` signs between terms at most."""
-    def term(letters, largest=9):
-        return rng.choice((-1, 1)) * rng.randint(1, largest), letters
-
-    def bracket():                                   # (2x-1), (x+y), (5-3x)
-        pair = rng.choice((("x", ""), ("x", ""), ("y", ""), ("x", "y"), ("", "x"), ("y", "x")))
-        (n, first), second = map(term, pair)
-        return f"({join([(n if rng.random() < (0.2 if practice else 0.1) else abs(n), first), second])})"
-
-    def like_terms():                                # 8x+3-5y+2x-7
-        mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")] + [MONOMIALS] * (3 if practice else 1)
-        letters, largest = rng.choice(mixtures), (9, 99) if practice else (9, 9, 99)
-        terms = [term(rng.choice(letters), rng.choice(largest)) for _ in range(draw_count(rng, top + 1, practice))]
-        for i in range(1, len(terms)):
-            if rng.random() < 0.08:                  # cancels an earlier one
-                n, letters = rng.choice(terms[:i])
-                terms[i] = -n, letters
-        return join(terms)
-
-    def brackets():                                  # 3(2x-1)-2(x+4)-(x-2)+7
-        count, factors = rng.randint(1, 3), ["", *"23456789"] + ["", ""] * practice      # practice: more without a factor
-        parts = [rng.choice("++-") + rng.choice(factors) + bracket() for _ in range(count)]
-        if count < 3 and rng.random() < 0.3:
-            n, letters = term(rng.choice(("x", "y", "")))
-            parts.insert(rng.randint(0, count), "-+"[n > 0] + join([(abs(n), letters)]))
-        return "".join(parts).removeprefix("+")
-
-    def product():                                   # (x+2)(x-3), (2x-1)^2
-        return bracket() + ("^2" if rng.random() < 0.3 else bracket())
-
-    while True:
-        problem = rng.choices((like_terms, brackets, product), (10, 6, 4) if practice else (4, 4, 3))[0]()
-        kind, size = kind_and_size(problem)
-        if kind == "algebra" and size <= top:
-            return problem
-
 
 @dataclasses.dataclass
 class Kind:
-    draw: object        # draw(rng, top, practice) -> problem
-    sizes: range        # sizes that are trained on; top is the last one
-    share: float        # how often it is drawn
+    """All that this program knows of a kind of problem. (lambda: for what is defined later.)"""
+    draw: callable              # draw(rng, top) -> a problem, no larger than top
+    looks: str                  # a pattern; of the kinds that it fits the first in KINDS counts
+    sizes: range                # the sizes to train on
+    beyond: tuple = ()          # larger sizes, which eval asks as well
+    share: float = 1.0          # how often it is drawn
+    practice: dict = dataclasses.field(default_factory=dict)     # name -> (share, draw): appendix
+    size: callable = lambda problem: longest_number(problem)     # problem -> its size
+    stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
+    worth: callable = lambda text: exact_value(text)             # the same for all stages of a line
+    is_answer: callable = lambda text: is_simple(text)           # is the working done?
+    is_drawn: callable = lambda problem: True                    # if not, people are told so
 
-
+SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-7)
+LONG = (11, 12, 14, 16, 18, 20)
 KINDS = {
-    "add": Kind(draw_sum("+"), range(1, 11), 0.5),
-    "sub": Kind(draw_sum("-"), range(1, 11), 1.6),
-    "mul": Kind(draw_product, range(1, 4), 0.9),
-    "div": Kind(draw_quotient, range(1, 6), 1.8),
-    "expr": Kind(draw_expression, range(2, 5), 2.0),
-    "algebra": Kind(draw_algebra, range(1, 6), 2.8),
-}
+    "add": Kind(functools.partial(draw_sum, "+"), rf"-?[0-9]+\+{SECOND}", range(1, 11), LONG, 0.5),
+    "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.6),
+    "mul": Kind(draw_product, rf"-?[0-9]+\*{SECOND}", range(1, 4), (4,), 0.9),
+    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 1.8),
+}                                                     # the appendix adds expr and algebra
 
+def kind_of(problem):
+    """The name of a problem's kind.
 
-def kind_and_size(problem):
-    """The kind of a problem, and its size: digits of the longest number, or how many operators are written.
-
-    >>> kind_and_size("123*45"), kind_and_size("1+2*3"), kind_and_size("-7"), kind_and_size("2x+3x-1")
-    (('mul', 3), ('expr', 2), ('expr', 0), ('algebra', 2))
+    >>> kind_of("123*45"), kind_of("12-(-7)"), kind_of("1+2*3"), kind_of("2x+3x-1")
+    ('mul', 'sub', 'expr', 'algebra')
     """
-    ops = re.findall("(?<=[0-9)xy])[-+*/]", problem)
-    if "x" in problem or "y" in problem:
-        return "algebra", len(ops)
-    if len(ops) == 1 and re.fullmatch("-?[0-9]+[-+*/][0-9]+", problem):
-        return {"+": "add", "-": "sub", "*": "mul", "/": "div"}[ops[0]], max(map(len, re.findall("[0-9]+", problem)))
-    return "expr", len(ops)
+    return next(name for name, kind in KINDS.items() if re.fullmatch(kind.looks, problem))
 
+# One problem in ten is held out: never trained on, so that we can ask what the model cannot have
+# learned by heart. A number computed from the text decides, the same for every seed.
+
+def is_held_out(problem):
+    """Is this problem kept for evaluation? 12+39 and 39+12 are one problem, and share their side.
+
+    >>> is_held_out("12+60"), is_held_out("60+12"), is_held_out("12+61")
+    (True, True, False)
+    """
+    written_out = re.sub(r"(\([^()]*\)|[xy])\^2", r"\1\1", problem)    # (x+1)^2 is (x+1)(x+1)
+    parts = sorted(re.findall("[0-9]+|[^0-9()+]", written_out))          # brackets and + left out
+    return zlib.crc32(" ".join(parts).encode("utf-8")) % 10 == 0
 
 def draw_problem(kind, rng, held_out, top=None):
-    """Draw a problem of a kind, no larger than top (None: as large as they come), from one side of the split."""
+    """Draw a problem of a kind, no larger than top. Training also draws what is hard, from
+    kind.practice, as a pupil practises it; what is held out comes from kind.draw alone.
+    """
+    kind = KINDS[kind]
+    practice = [] if held_out else list(kind.practice.values())
+    draws = [kind.draw] + [draw for _, draw in practice]
+    shares = [1 - sum(share for share, _ in practice)] + [share for share, _ in practice]
     while True:
-        problem = KINDS[kind].draw(rng, top or KINDS[kind].sizes[-1], not held_out)
+        problem = rng.choices(draws, shares)[0](rng, top or kind.sizes[-1])
         if is_held_out(problem) == held_out:
             return problem
 
+# A kind of your own: sums of two fractions. Take away the "# " of these lines, and try `train
+# --kinds frac --minutes 2`. A test runs exactly these lines.
+#
+# def draw_fractions(rng, top):
+#     b, d = rng.randint(2, 6 * top), rng.randint(2, 6 * top)
+#     return f"{rng.randrange(1, b)}/{b}+{rng.randrange(1, d)}/{d}"
+#
+# def add_fractions(text):
+#     numbers = [int(n) for n in re.findall("[0-9]+", text)]
+#     if len(numbers) < 4:
+#         return text
+#     a, b, c, d = numbers
+#     common = math.lcm(b, d)
+#     if b != d:                                      # 1/2+1/3=3/6+2/6
+#         return f"{a * common // b}/{common}+{c * common // d}/{common}"
+#     whole, rest = divmod(Fraction(a + c, b), 1)     # 3/6+2/6=5/6, and 3/4+2/4=1+1/4
+#     return "+".join(str(part) for part in (whole, rest) if part)
+#
+# KINDS["frac"] = Kind(draw_fractions, "[0-9]+/[0-9]+[+][0-9]+/[0-9]+", range(1, 4),
+#                      stage=add_fractions)
 
-######## Step 4-2: from a line to x and y #####################################################################
+######## Step 4-2: from a line to x and y ##########################################################
 
 def to_example(line, ones_first=True):
-    """A line to (x, y): two lists of ids. y is x one token later, or -100 where the token is not counted.
+    """A line to (x, y): two lists of ids. y is x one token later, or -100 where the loss skips it.
 
-    At each position the model reads x up to there and should say y. Only what it must write counts: everything
-    after the first "=". Nothing leaks: the token in column y is never in x at or before the same row.
+    At each position the model reads x up to there and should say y. Only what it must write counts:
+    everything behind the first "=". Nothing leaks: what it should say it has not read yet.
 
     >>> x, y = to_example("7+8=15")
     >>> for i, (a, b) in enumerate(zip(x, y)):
-    ...     print(i, "reads", repr(VOCAB[a]), "should say", repr(VOCAB[b]) if b >= 0 else "(not counted)")
+    ...     wanted = repr(VOCAB[b]) if b >= 0 else "(not counted)"
+    ...     print(i, "reads", repr(VOCAB[a]), "should say", wanted)
     0 reads '7' should say (not counted)
     1 reads '+' should say (not counted)
     2 reads '8' should say (not counted)
@@ -1086,121 +626,111 @@ def to_example(line, ones_first=True):
     n_given = ids.index(EQUALS) + 1
     return ids[:-1], [-100] * (n_given - 1) + ids[n_given:]
 
+######## Step 4-3: the data loader #################################################################
 
-######## Step 4-3: the data loader ############################################################################
+def new_progress(minutes=None):
+    """How far a run is. minutes: how long to train; None: for config.steps steps."""
+    return {"step": 0, "seconds": 0.0, "minutes": minutes, "history": []}
 
-def largest_size(kind, done, rng):
-    """The largest size to draw when the part `done` (0 to 1) of a run is over: a curriculum, small problems first.
-
-    In the first fifth of the run the sizes open up one after the other (Bengio et al. 2009, "Curriculum Learning");
-    one problem in ten may be of any size from the start.
-
-    >>> rng = random.Random(0)
-    >>> [max(largest_size("mul", done, rng) for _ in range(5)) for done in (0.0, 0.07, 0.14, 1.0)]
-    [1, 2, 3, 3]
-    """
-    sizes = KINDS[kind].sizes
-    if rng.random() < 0.1:
-        return sizes[-1]
-    return sizes[min(len(sizes) - 1, int(5 * done * len(sizes)))]
-
+def part_done(progress, config):
+    """The part of a run that is over, 0 to 1."""
+    if progress["minutes"]:
+        return min(1.0, progress["seconds"] / 60 / progress["minutes"])
+    return min(1.0, progress["step"] / config.steps)
 
 class ProblemStream(IterableDataset):
-    """An endless stream of batches: x (B, T) long, y (B, T) long with -100 where nothing counts.
+    """Endless batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
 
-    Problems are drawn in pools, sorted by length and cut into batches of about config.batch_tokens, so that hardly
-    any padding is computed. A row is as long as the longest line of its batch, rounded up to a multiple of 4, and the
-    number of rows follows from that: PyTorch prepares its matrix products for each new shape, and a few dozen shapes
-    that come again and again are a quarter faster than a new one every time (24,000 tokens a second became 30,000 with
-    4 layers, without autocast; torch 2.13.0, on the machine in the README).
-    Pool n depends on (seed, n, progress) alone, so a resumed run can start at any batch.
-
-    start: number of the first batch. progress: batch number -> the part of the run that is over, 0 to 1.
-    rank, world_size: of `world_size` processes that train together, this is number `rank`: each takes its own pools.
+    The rows of a batch are computed together, so they must be equally long. Short lines are filled
+    up: that is padding, and wasted work. So a pool of 64 batches is drawn and sorted by length
+    first. In a run of a set number of steps a pool depends on its number and the seed alone, so
+    that a run that was stopped goes on as it would have. rank, n_processes: of those that train
+    together (Step 7-5).
     """
+    POOL = 64
 
-    def __init__(self, config, start=0, progress=None, rank=0, world_size=1, pool_batches=64):
-        self.config, self.start, self.pool_batches = config, start, pool_batches
-        self.rank, self.world_size = rank, world_size
-        self.progress = progress or (lambda batch: batch / config.steps)
+    def __init__(self, config, progress, rank=0, n_processes=1):
+        self.config, self.progress = config, progress
+        self.rank, self.n_processes = rank, n_processes
+
+    def draw_example(self, rng, done):
+        kinds = self.config.kinds.split()
+        kind = rng.choices(kinds, [KINDS[kind].share for kind in kinds])[0]
+        # A curriculum (Bengio et al. 2009): in the first fifth of a run the sizes open one by one.
+        sizes = KINDS[kind].sizes
+        n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
+        problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
+        line = solve_by_rules(problem, self.config.working)
+        x, y = to_example(line, self.config.ones_first)
+        return x, with_gaps(find_addresses(x), self.config.gap, rng), y
 
     def pool(self, n):
-        rng = random.Random(f"{self.config.seed}/{n * self.world_size + self.rank}")
-        done = self.progress(n * self.pool_batches)
-        kinds = self.config.kinds.split()
-        shares = [KINDS[kind].share for kind in kinds]
-        examples, n_tokens, size = [], 0, self.config.batch_tokens
-        while n_tokens < 1.05 * self.pool_batches * size:       # a little more than needed, as rows are rounded
-            kind = rng.choices(kinds, shares)[0]
-            problem = draw_problem(kind, rng, False, largest_size(kind, done, rng))
-            examples.append(to_example(solve_by_rules(problem, self.config.working), self.config.ones_first))
+        rng = random.Random(f"{self.config.seed}/{n * self.n_processes + self.rank}")
+        done = part_done({**self.progress, "step": n * self.POOL}, self.config)
+        examples, n_tokens = [], 0
+        while n_tokens < 1.05 * self.POOL * self.config.batch_tokens:          # some are not used
+            examples.append(self.draw_example(rng, done))
             n_tokens += len(examples[-1][0])
         examples.sort(key=lambda example: len(example[0]), reverse=True)
         batches = []
         while examples:
-            T = math.ceil(len(examples[0][0]) / 4) * 4
-            n_rows = max(1, size // T)
+            T = math.ceil(len(examples[0][0]) / 4) * 4           # few different lengths are faster
+            n_rows = max(1, self.config.batch_tokens // T)
             batches.append((T, examples[:n_rows]))
             examples = examples[n_rows:]
         rng.shuffle(batches)
-        return batches[:self.pool_batches]           # as many in every pool: a batch number says which pool it is in
+        return batches[:self.POOL]
 
     def __iter__(self):
-        n, skip = divmod(self.start, self.pool_batches)
+        n, skip = divmod(self.progress["step"], self.POOL)
         while True:
             for T, batch in self.pool(n)[skip:]:
-                yield (torch.tensor([x + [END] * (T - len(x)) for x, _ in batch]),
-                       torch.tensor([y + [-100] * (T - len(y)) for _, y in batch]))
+                xs = [x + [END] * (T - len(x)) for x, _, _ in batch]
+                addresses = [where + where[-1:] * (T + 1 - len(where)) for _, where, _ in batch]
+                ys = [y + [-100] * (T - len(y)) for _, _, y in batch]
+                yield torch.tensor(xs), torch.tensor(addresses), torch.tensor(ys)
             n, skip = n + 1, 0
 
+######## Step 5-1: the loss and the optimizers #####################################################
 
-######## Step 5-1: loss, optimizers, schedule #################################################################
-
-def has_fast_bfloat16(device):
-    """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
-    able = torch.cpu.get_capabilities()              # of an x86 processor of about 2021 or newer, not of all
-    return device == "cuda" or device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-def loss_of(model, x, y):
-    """Mean of -ln P(y) over the tokens that count: x, y (B, T) -> a scalar, in nats a token."""
+def loss_of(model, x, addresses, y):
+    """Cross-entropy: the mean of -ln P(y) over the tokens that count. It softmaxes the logits."""
+    # autocast: matrix products with half the bits, where that is faster; it does no harm
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device.type)):
-        logits = model(x)                                                             # (B, T, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-100)  # (B*T, V), (B*T,)
+        logits = model(x, addresses)                                              # (B, T, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())             # (B*T, V), (B*T,)
 
+# AdamW (Loshchilov and Hutter 2017) improves on plain gradient descent in two ways. It follows the
+# mean of the last gradients, called momentum, so that chance is averaged out. And it divides by how
+# large a weight's gradients usually are, so that all weights move at a like pace.
+#
+# Muon (Jordan et al. 2024) is for matrices. A gradient is strong in the few directions that most
+# examples ask for. Muon makes the step equally long in all directions, so that what is rare is
+# learned, too. Of all choices in this file, this one makes training fastest.
 
 def orthogonal(matrix):
-    """Make all singular values of a matrix about 1 and leave its directions as they are: (R, C) -> (R, C).
+    """The matrix that stretches all its directions about equally: (rows, columns) -> the same.
 
-    A matrix turns and stretches what it is multiplied with; its singular values say how much, direction by direction.
-    Newton-Schulz iteration: five times, every singular value s becomes s * (3.4445 - 4.775 s^2 + 2.0315 s^4), which lifts
-    the small ones fast and holds the others between 0.7 and 1.2. That needs no decomposition, only products; and since
-    the five factors depend on matrix @ matrix.T alone, they are collected in `lift`, which is small.
+    A matrix stretches space along certain directions; its singular values s say how much along
+    each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7 and
+    1.2, if it was not 0. This takes only matrix products (Newton-Schulz iteration).
 
-    >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])           # its singular values are 3 and 0.1
+    >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
     >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
     [1.1, 0.7]
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)                                               # (R, C), no s is above 1
-    gram = x @ x.T                                                                    # (R, R) its eigenvalues are s^2
-    for i in range(5):
-        if i > 0:
-            gram = factor @ gram @ factor                                             # that of lift @ x
-        factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        factor.diagonal().add_(3.4445)
-        lift = factor @ lift if i > 0 else factor
-    return lift @ x
-
+    x = matrix / (matrix.norm() + 1e-7)                                           # no s is above 1
+    for _ in range(5):
+        gram = x @ x.T                                                            # (rows, rows)
+        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)           # powers 3 and 5
+        x = torch.addmm(x, both, x, beta=3.4445)                                  # + both @ x
+    return x
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum whose steps are made orthogonal (Jordan et al. 2024).
-
-    The gradient of a matrix is strong in the few directions that most examples ask for. An orthogonal step goes as far
-    in all the others, so that what is rare is learned, too. PyTorch has the same as torch.optim.Muon, and a test compares
-    both. That one multiplies in bfloat16, in which many processors are very slow: on 2 cores of an AMD EPYC of the Zen 3
-    generation a step of the default model took it 630 ms, and takes this one 15 to 23, by the hour (torch 2.13.0).
+    """Gradient descent with momentum whose steps are made orthogonal. (torch.optim.Muon does the
+    same in bfloat16, which many processors multiply very slowly.)
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -1209,36 +739,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:                                                 # (R, C)
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(mean, group["momentum"])                          # Nesterov: the mean one step later
+            for p in group["params"]:
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(mean, group["momentum"])     # Nesterov: the mean one step later
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(ahead), alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
-
+                size = max(1, len(p) / p.shape[1]) ** 0.5        # a tall matrix takes longer steps
+                p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
 def make_optimizers(model, config):
-    """Muon for the blocks' matrices, AdamW for the rest: embeddings, norms, head.
-
-    AdamW (Loshchilov and Hutter 2017) scales each weight's step by itself, Muon a whole matrix's.
-    """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.muon else []
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
-
+    """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, head."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    decay = config.weight_decay
+    adam = torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=decay)
+    return [adam, Muon(matrices, config.lr, weight_decay=decay)] if matrices else [adam]
 
 def lr_factor(step, done, config):
-    """What the learning rates are multiplied by at this step, when the part `done` (0 to 1) of the run is over.
+    """What the learning rates are multiplied by, when the part `done` (0 to 1) of the run is over.
 
-    Warm up, stay, then fall in a straight line to 2%. The fall is where most of the accuracy is won.
+    They rise (warm-up), stay, and fall in a straight line to 2%: the small steps at the end help
+    most.
 
     >>> [round(lr_factor(step, step / 1000, Config()), 2) for step in (0, 49, 99, 400, 700, 1000)]
     [0.01, 0.5, 1.0, 1.0, 0.51, 0.02]
@@ -1246,1263 +767,1607 @@ def lr_factor(step, done, config):
     fall = min(1.0, (1 - done) / (1 - config.flat))
     return min(1.0, (step + 1) / config.warmup) * (0.02 + 0.98 * fall)
 
+######## Step 5-2: the training loop ###############################################################
 
-######## Step 5-2: the training loop ##########################################################################
+def learn(model, optimizers, x, addresses, y, weight=1.0):
+    """One optimizer step on one batch: the five lines that are all of deep learning.
 
-def train(config, out, minutes=None, resume=None, device="cpu", compile=False, report=print):
-    """Train a model and return it. Saves to `out` at every tenth of the run and when Ctrl-C is pressed.
-
-    minutes: how long to train; None trains for config.steps steps, which gives the same result every time.
-    resume: a checkpoint as read_checkpoint returns it, to go on from. report: called with each line of text.
-    compile: let torch.compile fuse the operations. Where torchrun has started several processes, all of them run this
-    together, and `total` (below) is how they agree; a reader may take RANK for 0 and WORLD_SIZE for 1.
-    Raises KeyboardInterrupt after saving, InputError when the loss is no longer a number.
+    weight: 1, unless several processes train together (Step 7-6). Returns the loss.
     """
-    torch.manual_seed(config.seed)
-    # For speed: a large block, freed at once, tells the C library of Linux to keep freed memory of that size for us
-    # instead of handing it back to the system at every step.
-    torch.empty(31 * 2 ** 20, dtype=torch.uint8)
-    model = TinyLLM(config).to(device)
-    optimizers = make_optimizers(model, config)
-    step, seconds, history, loss = 0, 0.0, [], None
-    if resume:
-        model.load_state_dict(resume["model"])
-        for optimizer, state in zip(optimizers, resume["optimizers"]):
-            optimizer.load_state_dict(state)
-        step, seconds, history = resume["step"], resume["seconds"], resume["history"]
+    loss = loss_of(model, x, addresses, y) * weight
+    model.zero_grad(set_to_none=True)                 # forget the gradients of the last batch
+    loss.backward()                                   # the gradient of the loss for every weight
+    for optimizer in optimizers:
+        optimizer.step()                              # every weight moves a little against it
+    return loss.item()
 
-    forward = torch.compile(model) if compile else model                              # what computes the logits
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=not config.place)
-
-    def save():
-        save_checkpoint(out, model, optimizers, step, seconds, history)
-
-    def done():                                      # the part of the run that is over, 0 to 1
-        return min(1.0, seconds / (60 * minutes) if minutes else step / config.steps)
-
-    monitor = Monitor(report, config.kinds.split()) if RANK == 0 else None
-    stop = []                                        # Ctrl-C must not strike in the middle of an optimizer step
-    previous = catch_interrupt(stop)
-    progress = (lambda batch: done()) if minutes else None
-    batches = iter(DataLoader(ProblemStream(config, step, progress, RANK, WORLD_SIZE), batch_size=None))
-    if step:                                         # at step 0 everything is as in a new run
-        torch.set_rng_state(resume["random_state"])  # last, because iter() draws a number too
-    try:
-        while True:
-            began = time.perf_counter()
-            x, y = (tensor.to(device) for tensor in next(batches))                    # (B, T) each
-            n_counted = (y >= 0).sum().item()
-            all_counted, stops, clock = total(n_counted, len(stop), seconds)
-            seconds = clock / WORLD_SIZE             # one clock and one decision for all processes
-            before = done()
-            if stops or before == 1:
-                break
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * lr_factor(step, before, config)
-
-            # the five lines that are all of deep learning
-            loss = loss_of(forward, x, y) * (n_counted * WORLD_SIZE / all_counted)    # times 1, for one process
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-
-            step += 1
-            if not math.isfinite(loss.item()):
-                raise InputError(f"the loss is {loss.item()} at step {step}: training stopped, {out} keeps the last "
-                                 "good state; try a smaller --lr")
-            seconds += time.perf_counter() - began
-            if RANK > 0:
-                continue                             # one process shows and saves
-            monitor.progress(step, seconds, done(), loss.item(), x.numel())
-            if int(100 * done()) > int(100 * before):
-                history.append(monitor.point(step, seconds))
-            if int(10 * done()) > int(10 * before):
-                began = time.perf_counter()
-                history[-1]["exact"] = monitor.row(model.eval(), history[-1], done())
-                model.train()
-                save()
-                seconds += time.perf_counter() - began
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
-    stopped = total(len(stop))[0] > 0
-    if WORLD_SIZE > 1:
-        del forward, loss                            # they hold on to the group
-        dist.destroy_process_group()
-    if stopped:
-        if RANK == 0:
-            save()
-        raise KeyboardInterrupt
-    return model.eval()
-
-
-def catch_interrupt(stop):
-    """Let Ctrl-C append to `stop` instead of raising; returns the handler before, None outside the main thread."""
-    try:
-        return signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    except ValueError:
-        return None
-
-
-# On several GPUs or machines: `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes with one model each.
-# Both work on batches of their own, the gradients are averaged after each backward pass (Li et al. 2020, "PyTorch
-# Distributed"), so that all take the same step and stay equal: one run with a larger batch.
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # which process, of how many
-
-
-def total(*numbers):
-    """The sums of numbers over all processes; for a single process, the numbers themselves."""
-    if WORLD_SIZE == 1:
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-######## Step 5-3: monitoring #################################################################################
-
-class Monitor:
-    """Shows how a run is going: one live line on a terminal, a row of held-out results at every tenth."""
-
-    N_PROBLEMS = 100                                 # of each kind, at every row
-
-    def __init__(self, report, kinds):
-        self.report, self.live = report, report is print and sys.stdout.isatty()
-        self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in kinds}
-        self.losses, self.tokens, self.began, self.shown = [], 0, time.perf_counter(), 0.0
-        report("    step   done     loss  tokens/s  minutes" + "".join(f"{kind:>8}" for kind in kinds))
-
-    def progress(self, step, seconds, done, loss, n_tokens):
-        """Count a step; on a terminal, show the live line twice a second."""
-        self.losses.append(loss)
-        self.tokens += n_tokens
-        now = time.perf_counter()
-        if self.live and now - self.shown > 0.5:
-            self.shown = now
-            print(f"\r{step:8d} {done:6.0%} {sum(self.losses) / len(self.losses):8.4f} "
-                  f"{self.tokens / (now - self.began):9,.0f}  {seconds / done * (1 - done) / 60:.1f} minutes left ",
-                  end="", flush=True)
-
-    def point(self, step, seconds):
-        """A point of the loss curve, for the history: the mean loss since the point before."""
-        point = {"step": step, "seconds": seconds, "loss": sum(self.losses) / len(self.losses),
-                 "tokens_per_second": self.tokens / (time.perf_counter() - self.began)}
-        self.losses, self.tokens, self.began = [], 0, time.perf_counter()
-        return point
-
-    def row(self, model, point, done):
-        """Print a row; returns the part of the held-out answers that are right, per kind."""
-        exact = {kind: evaluate(model, problems)["answers"] / len(problems) for kind, problems in self.problems.items()}
-        if self.live:
-            print("\r" + " " * 70 + "\r", end="")
-        self.report(f"{point['step']:8d} {done:6.0%} {point['loss']:8.4f} {point['tokens_per_second']:9,.0f} "
-                    f"{point['seconds'] / 60:8.1f}" + "".join(f"{part:8.0%}" for part in exact.values()))
-        self.began = time.perf_counter()
-        return exact
-
-
-def plot(history, width=60, height=10):
-    """The loss of a run as text; each column is a part of the run, the scale is logarithmic.
-
-    >>> print(plot([{"loss": 2.0}, {"loss": 0.2}, {"loss": 0.02}], width=3, height=3))
-      2.0000 |*
-      0.2000 | *
-      0.0200 |  *
-             +---
+def fit(model, optimizers, progress, out, report=None):
+    """Train a model. Run (Step 7-5) does what is not learning: it ends the batches in time, shows
+    rows by `report`, and saves to `out` at every tenth of the run and at Ctrl-C.
     """
-    losses = [max(row["loss"], 1e-6) for row in history]
-    columns = [math.log(losses[i * len(losses) // width]) for i in range(width)]
-    top, bottom = max(columns), min(columns)
-    level = [round((height - 1) * (top - c) / (top - bottom or 1)) for c in columns]
-    lines = []
-    for i in range(height):
-        label = math.exp(top - (top - bottom) * i / (height - 1))
-        lines.append(f"{label:8.4f} |" + "".join("*" if n == i else " " for n in level).rstrip())
-    return "\n".join([*lines, " " * 9 + "+" + "-" * width])
+    with Run(model, optimizers, progress, out, report) as run:
+        for x, addresses, y in run.batches():
+            factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
+            loss = learn(run.network, optimizers, x, addresses, y, run.weight)
+            run.note(loss, x.numel())
 
+######## Step 5-3: watching it learn ###############################################################
+#
+# At every tenth of a run a row is printed:
+#
+#       step done   loss tokens/s  min    add    sub    mul    div   expr algebra
+#       1100  10% 0.3055   25,830  1.4    53%    29%    19%    15%    18%     20%
+#
+# It has the loss, how fast it goes, the minutes so far, and which part of 100 held-out problems of
+# each kind is answered right. The loss falls long before that, as every token must be right.
 
-######## Step 5-4: saving #####################################################################################
+######## Step 5-4: saving ##########################################################################
 
-FORMAT = 4              # of the checkpoint file; a later program that writes it differently counts up
+FORMAT = 5                              # of the file; counts up when its meaning changes
 
-
-def is_finite(weights):
-    """Are all of the weights (name -> tensor) numbers, neither infinite nor "not a number"?"""
-    return all(tensor.isfinite().all() for tensor in weights.values())
-
-
-def save_checkpoint(path, model, optimizers=(), step=0, seconds=0.0, history=()):
-    """Write a checkpoint: beside it first, then renamed, so that `path` is always whole. Raises InputError."""
-    if not is_finite(model.state_dict()):
-        raise InputError(f"the weights are no longer numbers: {path} keeps the last good state; try a smaller --lr")
-    checkpoint = {
+def save_checkpoint(path, model, optimizers=(), progress=None):
+    """Write all that is needed to ask the model, and to go on training it. Raises InputError."""
+    write_whole(path, {
         "format": FORMAT, "vocabulary": VOCAB, "config": dataclasses.asdict(model.config),
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "random_state": torch.get_rng_state(), "step": step, "seconds": seconds, "history": list(history),
-    }
-    beside = None
-    try:
-        handle, beside = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp",
-                                          dir=os.path.dirname(os.path.abspath(path)))
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:         # torch reports a full disk as a RuntimeError
-        if beside and os.path.exists(beside):
-            os.remove(beside)
-        raise InputError(f"cannot write {path} ({type(error).__name__}); give --out a file in a folder that exists "
-                         "and that you may write to") from error
-
-
-def read_checkpoint(path):
-    """Read a checkpoint into a dict, on the CPU; runs no code from it. Raises InputError if it is none of ours."""
-    if not os.path.isfile(path):
-        raise InputError(f"there is no checkpoint {path}; make one with: python tinyllm.py train --out {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        known = (checkpoint["format"], checkpoint["vocabulary"]) == (FORMAT, VOCAB)
-        if known:
-            TinyLLM(Config(**checkpoint["config"])).load_state_dict(checkpoint["model"])
-    except Exception as error:                       # a damaged file fails in a dozen ways inside torch.load
-        raise InputError(f"{path} is damaged or is no tinyllm checkpoint; train again, or give another file") from error
-    if not known:
-        raise InputError(f"{path} was written by another version of tinyllm; train again with this one")
-    if not is_finite(checkpoint["model"]):
-        raise InputError(f"{path} holds weights that are not numbers; train again")
-    return checkpoint
-
+        "progress": progress or new_progress()})      # beside it first, then renamed: Step 7-5
 
 def load_checkpoint(path, device="cpu"):
-    """Read a trained model: path -> TinyLLM, ready to answer. Raises InputError."""
-    checkpoint = read_checkpoint(path)
-    model = TinyLLM(Config(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    model.history = checkpoint["history"]            # of its training, for the page
-    return model.to(device).eval()
+    """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
+    state = read_whole(path)                          # runs no code from the file
+    model = TinyLLM(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state
 
-
-######## Step 6-1: held-out problems ##########################################################################
-
-def held_out_problems(kind, count, seed=1, size=None, tries=200):
-    """Up to `count` different problems that no training run has ever seen; fewer where there are no more.
-
-    >>> problems = held_out_problems("mul", 100, size=1)
-    >>> len(problems), all(is_held_out(problem) for problem in problems)     # of 55 products up to 9*9
-    (6, True)
-    """
-    rng, found = random.Random(f"{seed}/{kind}/{size}"), {}
-    for _ in range(count * tries):
-        problem = KINDS[kind].draw(rng, size or KINDS[kind].sizes[-1], False)
-        if (size is None or kind_and_size(problem)[1] == size) and is_held_out(problem):
-            found.setdefault(canonical(parse(problem)), problem)
-            if len(found) == count:
-                break
-    return list(found.values())
-
-
-######## Step 6-2: decoding and evaluation ####################################################################
+######## Step 6-1: writing an answer ###############################################################
 
 @torch.inference_mode()
-def generate(model, prompts, max_tokens=None, use_cache=True):
-    """Greedy decoding: lists of ids -> lists of ids, each prompt continued with the likeliest token until END.
+def generate(model, prompt, max_tokens=None):
+    """Greedy decoding: continue a list of ids with the likeliest token, again and again, until END.
 
-    All rows start at column 0. While a row is inside its prompt, its next token comes from there, after that from
-    the model; rows that have ended leave the batch. This knows nothing of arithmetic: it would serve any model.
+    It knows nothing of arithmetic: it would serve any model.
     """
-    device = model.head.weight.device
-    limit = min(max_tokens or model.config.block_size, model.config.block_size)
-    ids = torch.full((len(prompts), limit), END, device=device)                       # (B, limit)
-    for i, prompt in enumerate(prompts):
-        ids[i, :len(prompt)] = torch.tensor(prompt, device=device)
-    n_given = torch.tensor([len(prompt) for prompt in prompts], device=device)        # (B,)
-    ends = torch.full_like(n_given, limit)
-    rows = torch.arange(len(prompts), device=device)                                  # those that still go on
-    cache = [[] for _ in model.blocks] if use_cache else None
-    for t in range(1, limit):
-        logits = model(ids[rows, :t], cache)                                          # (B, 1 or t, V)
-        chosen = torch.where(t < n_given[rows], ids[rows, t], logits[:, -1].argmax(-1))
-        ids[rows, t] = chosen
-        going = (chosen != END) | (t < n_given[rows])
-        ends[rows[~going]] = t
-        if not going.any():
+    ids = list(prompt)
+    while len(ids) < (max_tokens or model.config.block_size):
+        logits = model(torch.tensor([ids], device=model.head.weight.device))      # (1, T, V)
+        token = logits[0, -1].argmax().item()
+        if token == END:
             break
-        if not going.all():
-            rows = rows[going]
-            cache = cache and [[tensor[going] for tensor in layer] for layer in cache]
-    return [row[:end] for row, end in zip(ids.tolist(), ends.tolist())]
+        ids.append(token)
+    return ids
 
+# That computes the whole line again for every token. The next function writes the same for many
+# prompts at once and keeps the keys and values of earlier tokens. Each turn gives each row one
+# token more: the next one of its prompt or, when the prompt is over, the likeliest one.
 
-def solve(model, problems, batch_size=500):
-    """The full line that the model writes for each problem (text, as normalize returns it), in the same order.
+@torch.inference_mode()
+def generate_batch(model, prompts, max_tokens=None):
+    """generate for many prompts: lists of ids -> lists of ids."""
+    device = model.head.weight.device
+    rows = [list(prompt) for prompt in prompts]
+    addresses = [find_addresses(row[:1]) for row in rows]        # of the newest token and the next
+    going = list(range(len(rows)))                               # the rows that have not ended
+    cache = [[] for _ in model.blocks]                           # keys and values of each block
+    for t in range((max_tokens or model.config.block_size) - 1):
+        ids = torch.tensor([[rows[i][t]] for i in going], device=device)          # (B, 1)
+        where = torch.tensor([addresses[i] for i in going], device=device)        # (B, 2, 4)
+        likeliest = model(ids, where, cache)[:, -1].argmax(-1).tolist()           # B tokens
+        kept = []
+        for j, i in enumerate(going):
+            if t + 1 == len(rows[i]):                            # the prompt is over
+                if likeliest[j] == END:
+                    continue
+                rows[i].append(likeliest[j])
+            addresses[i] = [addresses[i][1], next_address(addresses[i][1], rows[i][t + 1])]
+            kept.append(j)
+        if not kept:
+            break
+        if len(kept) < len(going):                               # rows that have ended leave
+            going = [going[j] for j in kept]
+            cache = [[k[kept], v[kept]] for k, v in cache]
+    return rows
 
-    Raises InputError for a problem that leaves the model no room to answer.
-    """
-    ones_first, room = model.config.ones_first, model.config.block_size
-    for problem in problems:
-        if len(problem) + 2 > room // 2:
-            raise InputError(f"the problem has {len(problem)} characters, the model has room for {room // 2 - 2}; "
-                             "write it in several parts")
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i]))              # like lengths side by side
+def solve(model, problems, batch_size=500, max_tokens=None):
+    """The full line that the model writes for each problem, in the same order."""
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i]))
     lines = [""] * len(problems)
-    for start in range(0, len(order), batch_size):
+    for start in range(0, len(order), batch_size):               # like lengths side by side
         batch = order[start:start + batch_size]
-        written = generate(model, [encode(problems[i] + "=", ones_first) for i in batch])
-        for i, ids in zip(batch, written):
-            lines[i] = decode(ids, ones_first)
+        prompts = [encode(problems[i] + "=", model.config.ones_first) for i in batch]
+        for i, ids in zip(batch, generate_batch(model, prompts, max_tokens)):
+            lines[i] = decode(ids, model.config.ones_first)
     return lines
 
+######## Step 6-2: what "right" means ##############################################################
 
 def check(line):
-    """Was a line that the model wrote right? (answer, working): the exact check, made after the fact.
+    """Was a line that the model wrote right? (answer, working). This happens after the fact.
 
-    The answer is right if the last step is simple and equals the problem; the working if every step is true too.
+    The answer is right if the last stage is simple and worth what the problem is worth; the working
+    is right if all its stages are worth that, too.
 
-    >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12")
-    ((True, True), (True, False), (False, False))
+    >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12"), check("7-7=-0")
+    ((True, True), (True, False), (False, False), (False, False))
     """
-    problem, *steps = line.split("=")
-    answer = bool(steps) and is_simple(steps[-1]) and is_true(f"{problem}={steps[-1]}")
+    problem, *stages = line.split("=")
+    is_answer = bool(stages) and KINDS[kind_of(problem)].is_answer(stages[-1])
+    answer = is_answer and is_true(f"{problem}={stages[-1]}")
     return answer, answer and is_true(line)
 
-
-def explain(line):
-    """A sentence that names the first step of a line that is not true, or that says what else is wrong with it.
-
-    >>> explain("2+3*4=5*4=20")
-    '2+3*4=5*4=20: step 1, 5*4, is 20 and should be 14'
-    """
-    problem, *steps = line.split("=")
-    for i, step in enumerate(steps, 1):
-        if not is_true(f"{problem}={step}"):
-            try:
-                for x, y in test_points(line):
-                    found, wanted = value(parse(step), x, y), value(parse(problem), x, y)
-                    if found != wanted:
-                        at = f" for x = {x} and y = {y}" if len(test_points(line)) > 1 else ""
-                        return f"{line}: step {i}, {step}, is {found} and should be {wanted}{at}"
-            except InputError as error:
-                return f"{line}: step {i} cannot be read, {error}"
-    return f"{line}: every step is true, but the last one is not simple"
-
-
 def evaluate(model, problems):
-    """How many answers and workings are right: a dict with counts, the mean length, and the lines that failed."""
-    lines = solve(model, problems)
+    """Ask problems: how many answers and workings are right, and the lines that are not.
+
+    A model that has learned nothing does not end: it is stopped at twice the longest right line.
+    """
+    longest = max((len(solve_by_rules(problem)) for problem in problems), default=0)
+    lines = solve(model, problems, max_tokens=min(model.config.block_size, 2 * longest))
     checks = [check(line) for line in lines]
-    return {
-        "problems": len(problems),
-        "answers": sum(answer for answer, _ in checks),
-        "workings": sum(working for _, working in checks),
-        "mean_length": sum(map(len, lines)) / max(1, len(lines)),
-        "wrong": [line for line, (_, working) in zip(lines, checks) if not working],
-    }
+    return {"problems": len(problems),
+            "answers": sum(answer for answer, _ in checks),
+            "workings": sum(working for _, working in checks),
+            "length": sum(map(len, lines)) / max(1, len(lines)),
+            "wrong": [line for line, (_, working) in zip(lines, checks) if not working]}
 
-
-def table(results):
-    """The results of evaluate, by name, as text."""
-    rows = [f"{'':10} problems  answers right  workings right  mean length"]
-    for name, r in results.items():
-        n = r["problems"]
-        rows.append(f"{name:10} {n:8d}  {r['answers'] / n:13.2%}  {r['workings'] / n:14.2%}  {r['mean_length']:11.1f}"
-                    if n else f"{name:10} {n:8d}")
-    return "\n".join(rows)
-
-
-######## Step 7-1: mathematics as it is printed ###############################################################
+####################################################################################################
 #
-# The line of equations is all there is; what follows are views of it. One table says how each construct is written in
-# LaTeX, for papers, and in MathML, which browsers show by themselves.
+#   The tutorial ends here. What follows are views, commands and school arithmetic: you may stop.
+#
+####################################################################################################
 
-CONSTRUCTS = {
-    "number":   ("{}", "<mn>{}</mn>"),
-    "letter":   ("{}", "<mi>{}</mi>"),
-    "+":        ("{}+{}", "<mrow>{}<mo>+</mo>{}</mrow>"),
-    "-":        ("{}-{}", "<mrow>{}<mo>&#x2212;</mo>{}</mrow>"),
-    "neg":      ("-{}", "<mrow><mo>&#x2212;</mo>{}</mrow>"),
-    "*":        (r"{} \times {}", "<mrow>{}<mo>&#xD7;</mo>{}</mrow>"),
-    "side by side": ("{}{}", "<mrow>{}{}</mrow>"),
-    "/":        (r"{} \div {}", "<mrow>{}<mo>&#xF7;</mo>{}</mrow>"),
-    "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac>{}{}</mfrac>"),
-    "mixed":    ("{}{}", "<mrow>{}{}</mrow>"),
-    "^":        ("{}^{{{}}}", "<msup>{}{}</msup>"),
-    "()":       ("({})", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),
-    "tall":     (r"\left({}\right)", "<mrow><mo>(</mo>{}<mo>)</mo></mrow>"),        # around a fraction
-    "step":     ("{}&={}", "<mtr><mtd>{}</mtd><mtd><mo>=</mo></mtd><mtd>{}</mtd></mtr>"),
-    "between":  (r" \\" + "\n", ""),
-    "unread":   (r"\mathtt{{{}}}", "<mtext>{}</mtext>"),                              # not mathematics
-    "line":     ("\\begin{{align*}}\n{}\n\\end{{align*}}", '<math display="block"><mtable>{}</mtable></math>'),
-}
+######## Step 7-1: what the model looked at ########################################################
 
+import argparse                                                                   # noqa: E402
+import contextlib                                                                 # noqa: E402
+import http.server                                                                # noqa: E402
+import inspect                                                                    # noqa: E402
+import io                                                                         # noqa: E402
+import itertools                                                                  # noqa: E402
+import json                                                                       # noqa: E402
+import secrets                                                                    # noqa: E402
+import shlex                                                                      # noqa: E402
+import threading                                                                  # noqa: E402
+import unicodedata                                                                # noqa: E402
+from collections import Counter                                                   # noqa: E402
+from fractions import Fraction                                                    # noqa: E402
 
-def write(language, construct, *parts):
-    return CONSTRUCTS[construct][language].format(*parts)
+import torch.distributed as dist                                                  # noqa: E402
 
-
-def typeset(text, language):
-    """A step, typeset: text -> LaTeX (language 0) or MathML (language 1).
-
-    >>> print(typeset("-3-1/2", 0), typeset("70+(1831-1610)/23", 0), typeset("2*7/23", 0), typeset("2x^2", 0))
-    -3\\frac{1}{2} 70+(1831-1610) \\div 23 \\frac{2 \\times 7}{23} 2x^{2}
-    >>> typeset("2x^2", 1)
-    '<mrow><mn>2</mn><msup><mi>x</mi><mn>2</mn></msup></mrow>'
-    """
-    def numbers(node):                               # the numbers of a product; none if it is not one
-        if isinstance(node, int):
-            return [node]
-        parts = [numbers(child) for child in node[1:]] if node[0] in ("*", "()") else [[]]
-        return sum(parts, []) if all(parts) else []
-
-    def is_fraction(node):                           # 221/23 is a division, 3/7 and 2*7/23 are fractions
-        above, below = map(numbers, node[1:]) if isinstance(node, tuple) and node[0] == "/" else ([], [])
-        return bool(above and below) and 0 < abs(math.prod(above)) < math.prod(below)
-
-    def has_fraction(node):
-        return isinstance(node, tuple) and (is_fraction(node) or any(map(has_fraction, node[1:])))
-
-    def show(node):
-        if isinstance(node, str):
-            return write(language, "letter", node)
-        if isinstance(node, int):
-            return write(language, "number", node) if node >= 0 else write(language, "neg", show(-node))
-        op, *children = node
-        if is_fraction(node):
-            above, below = (child[1] if isinstance(child, tuple) and child[0] == "()" else child for child in children)
-            if isinstance(above, int) and above < 0:
-                return write(language, "neg", write(language, "fraction", show(-above), show(below)))
-            return write(language, "fraction", show(above), show(below))
-        if op in "+-" and isinstance(children[0], int) and is_fraction(children[1]):
-            whole, fraction = children[0], show(children[1])
-            if whole and (whole > 0) == (op == "+"):
-                mixed = write(language, "mixed", show(abs(whole)), fraction)
-                return mixed if whole > 0 else write(language, "neg", mixed)
-        if op == "()" and has_fraction(node):
-            op = "tall"
-        if op == "*" and degree(node):
-            op = "side by side"
-        return write(language, op, *map(show, children))
-
-    try:
-        return show(parse(text, brackets=True))
-    except InputError:
-        return write(language, "unread", html.escape(text) if language else text.replace("^", r"\hat{\ }"))
-
-
-def typeset_line(line, language):
-    """A line, typeset a step a row: problem and first step, then only the steps."""
-    problem, *steps = line.split("=")
-    rows = [write(language, "step", "" if i else typeset(problem, language), typeset(step, language))
-            for i, step in enumerate(steps)]
-    return write(language, "line", write(language, "between").join(rows))
-
-
-def to_latex(line):
-    r"""A line as an align* block of LaTeX. A step that cannot be read is set as plain text.
-
-    >>> print(to_latex("10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2"))
-    \begin{align*}
-    10 \div 4&=2+(10-8) \div 4 \\
-    &=2\frac{2}{4} \\
-    &=2\frac{2}{2 \times 2} \\
-    &=2\frac{1}{2}
-    \end{align*}
-    """
-    return typeset_line(line, 0)
-
-
-def to_mathml(line):
-    """A line as a table of presentation MathML, a row a step.
-
-    >>> to_mathml("2+3=5")[22:74]
-    '<mtable><mtr><mtd><mrow><mn>2</mn><mo>+</mo><mn>3</m'
-    """
-    return typeset_line(line, 1)
-
-
-######## Step 7-2: what the model looked at #####################################################################
+class InputError(ValueError):
+    """What a person gave cannot be used. The message is one sentence: what was wrong, what to do."""
 
 def watch(model, line):
-    """What happened while a line was written: text (T,) as the model reads it, weights (n_layer, H, T, T), logits (T, V)."""
+    """What happened while a line was written: the line as the model reads it (T characters), the
+    attention weights (n_layer, H, T, T) and the probabilities of the next token (T, V).
+    """
     ids = encode(line, model.config.ones_first)
     with torch.inference_mode():
         logits = model(torch.tensor([ids], device=model.head.weight.device))[0]
     weights = torch.stack([block.attention.weights[0] for block in model.blocks])
-    return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.cpu()
+    return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.softmax(-1).cpu()
 
+def to_digits(weights):
+    """Weights of 0 to 1 as a digit each: 0, 0.15, 1 is "019"."""
+    return "".join(str(min(9, int(10 * weight))) for weight in weights.tolist())
 
-def levels(weights):
-    """Weights of 0 to 1 on a scale of ten steps, 0 to 9, for showing: (T,) -> a list."""
-    return (10 * weights).int().clamp(max=9).tolist()
-
-
-def look(model, line, layer=None, head=None):
-    """A picture of attention: a row for each character that was written, a column for each that stood before it.
-
-    The darker the sign, of " .:-=+*#%@", the larger the weight with which the model looked there when it wrote; the
-    largest one of all layers (1, 2 ...) and heads, or of those that were chosen. Terms stand as the model reads
-    them, turned round. Raises InputError for a layer or head that is not there.
+def look(model, line, width=79):
+    """A picture of the head that looks most sharply: a row for each character that was written, a
+    column for each before it; the darker the sign, the larger the weight.
     """
-    for name, chosen, count in (("layer", layer, model.config.n_layer), ("head", head, model.config.n_head)):
-        if chosen is not None and not 1 <= chosen <= count:
-            raise InputError(f"--{name} {chosen}: this model has {name}s 1 to {count}")
     text, weights, _ = watch(model, line)
-    weights = weights[slice(None) if layer is None else [layer - 1]]
-    weights = weights[:, slice(None) if head is None else [head - 1]].amax((0, 1))    # (T, T)
-    rows = [f"     {text}"]
-    for t in range(text.index("=") + 1, len(text) + 1):
-        shades = "".join(" .:-=+*#%@"[level] for level in levels(weights[t - 1, :t]))
-        rows.append(f"{text[t] if t < len(text) else 'end':>3}  {shades}")
+    start = text.index("=")
+    sharpness = weights[:, :, start:].amax(-1).mean(-1)                           # (n_layer, H)
+    layer, head = divmod(sharpness.argmax().item(), sharpness.shape[1])
+    rows = [f"layer {layer + 1}, head {head + 1}; a weight of 0 to 1 is one of these: ' .:-=+*#%@'"]
+    for left in range(0, len(text), width - 5):       # a long line is shown in blocks
+        rows.append("     " + text[left:left + width - 5])
+        for t in range(max(start, left), len(text)):
+            digits = to_digits(weights[layer, head, t, :t + 1])[left:left + width - 5]
+            shades = digits.translate(str.maketrans("0123456789", " .:-=+*#%@"))
+            rows.append(f"{(text + ' ')[t + 1]:>3}  {shades}".rstrip())
     return "\n".join(rows)
 
-
-######## Step 7-3: the page #####################################################################################
+######## Step 7-2: mathematics as it is printed ####################################################
 #
-# The same in a browser, for people who would rather look than read: a server from the standard library, and one page
-# (the string PAGE at the end of this file) that loads nothing from anywhere else.
+# The line is all there is. LaTeX, for papers, and MathML, for browsers, are two views of it.
 
-def chart(title, minutes, series, ticks):
-    """A line chart as inline SVG. series: name -> points of 0 (bottom) to 1 (top); ticks: label -> height."""
-    def at(x, y):
-        return f"{60 + 500 * x / max(minutes, default=1):.1f},{220 - 200 * y:.1f}"
+LATEX, MATHML = 0, 1
+WRITTEN = {"number": ("{}", "<mn>{}</mn>"), "letter": ("{}", "<mi>{}</mi>"),
+           "square": ("{}^{{2}}", "<msup>{}<mn>2</mn></msup>"),
+           "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac><mrow>{}</mrow><mrow>{}</mrow></mfrac>"),
+           "+": ("+", "<mo>+</mo>"), "-": ("-", "<mo>&#x2212;</mo>"),
+           "*": (r" \times ", "<mo>&#xD7;</mo>"), "/": (r" \div ", "<mo>&#xF7;</mo>"),
+           "(": ("(", "<mo>(</mo>"), ")": (")", "<mo>)</mo>"),
+           "unread": (r"\mathtt{{{}}}", "<mtext>{}</mtext>")}
 
-    rows = []
-    for label, y in ticks.items():
-        rows.append(f'<path class="grid" d="M{at(0, y)} H560"/><text x="52" y="{224 - 200 * y:.0f}" text-anchor="end">{label}</text>')
-    for i, (name, points) in enumerate(series.items()):
-        line = " ".join(at(x, y) for x, y in zip(minutes, points))
-        rows.append(f'<polyline class="line c{i}" points="{line}"/><path class="line c{i}" d="M572 {30 + 24 * i} h30"/>'
-                    f'<text x="608" y="{34 + 24 * i}">{name}</text>')
-    rows.append(f'<text x="60" y="244">0</text><text x="560" y="244" text-anchor="end">{max(minutes, default=0):.1f} minutes</text>')
-    return f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 680 250" role="img" aria-label="{title}">' \
-           + "".join(rows) + "</svg></figure>"
+def typeset(text, language, is_problem=False):
+    """A stage as LaTeX or MathML. 1/2 is a fraction, 7/2 a division; 3+1/2 is a mixed number, but not
+    in a problem, where a person has written a sum.
 
-
-def charts(history):
-    """How a run went, from the history in its checkpoint, as two charts."""
-    if not history:
-        return "<p>This checkpoint holds no history of its training.</p>"
-    logs = [math.log10(max(point["loss"], 1e-6)) for point in history]
-    bottom, top = math.floor(min(logs)), math.ceil(max(logs))
-    loss = chart("Loss, in nats a token", [point["seconds"] / 60 for point in history],
-                 {"loss": [(log - bottom) / (top - bottom) for log in logs]},
-                 {f"{10.0 ** n:g}": (n - bottom) / (top - bottom) for n in range(bottom, top + 1)})
-    rows = [point for point in history if "exact" in point]
-    exact = {kind: [row["exact"][kind] for row in rows] for kind in (rows[0]["exact"] if rows else ())}
-    return loss + chart("Held-out answers right", [row["seconds"] / 60 for row in rows], exact,
-                        {f"{n}%": n / 100 for n in range(0, 101, 20)})
-
-
-class Waiting:
-    """Problems of several threads, decoded one batch at a time: those that come meanwhile wait, and are the next batch."""
-
-    def __init__(self, model):
-        self.model, self.lock, self.queue = model, threading.Lock(), []
-
-    def ask(self, problem):
-        """Returns the line and what watch says of it."""
-        mine = {"problem": problem}
-        self.queue.append(mine)
-        with self.lock:
-            if "line" not in mine:                   # nobody has done it for us while we waited: do all that wait
-                batch = [self.queue.pop(0) for _ in range(len(self.queue))]
-                for one, line in zip(batch, solve(self.model, [one["problem"] for one in batch])):
-                    one["line"] = line
-            return mine["line"], watch(self.model, mine["line"])
-
-
-def reply_to(model, text, waiting):
-    """What the page shows for a problem, as a dict for JSON. Raises InputError."""
-    problem = prepare(text, model)
-    line, (read, weights, logits) = waiting.ask(problem)
-    start, (answer, _) = read.index("=") + 1, check(line)
-    likeliest = logits.softmax(-1).topk(3)
-    spans = [match.span() for match in re.finditer(TERM, line)] if model.config.ones_first else []
-    place = list(range(len(line) + 1))               # where each token stands in the line as people read it
-    for a, b in spans:
-        place[a:b] = place[a:b][::-1]
-    return {
-        "line": line, "problem": typeset(problem, 1), "right": answer, "latex": to_latex(line), "place": place,
-        "steps": [{"mathml": typeset(step, 1), "true": is_true(f"{problem}={step}")} for step in line.split("=")[1:]],
-        "note": "This problem is outside the range that the model was trained on." if outside(problem, model.config) else "",
-        "start": start,
-        # for each character written, for each layer and head: a digit 0 to 9 for the weight of each earlier character
-        "weights": [[["".join(map(str, levels(head[t - 1, :t]))) for head in layer]
-                     for layer in weights] for t in range(start, len(read) + 1)],
-        "next": [[["end" if i == END else VOCAB[i], round(p, 4)] for i, p in zip(ids, ps)] for ids, ps in
-                 zip(likeliest.indices[start - 1:].tolist(), likeliest.values[start - 1:].tolist())],
-    }
-
-
-def make_server(model, history, host="127.0.0.1", port=8000):
-    """An HTTP server for the page, ready for serve_forever(); port 0 takes a free one. Raises InputError.
-
-    It answers GET / with the page and POST /solve {"problem": text} with JSON, nothing else. It refuses requests that a
-    page from elsewhere has sent (Origin), or that came by a name that is not ours (Host; "DNS rebinding").
+    >>> print(typeset("-3-1/2", LATEX), typeset("(36/9)*4", LATEX), typeset("2*7/23-x^2", LATEX))
+    -3\\frac{1}{2} (36 \\div 9) \\times 4 \\frac{2 \\times 7}{23}-x^{2}
     """
-    waiting, figure = Waiting(model), charts(history)
+    made = []
+    before = ""
+    for token in split_tokens(text):
+        name, parts = token, [token]
+        if token.isdigit() or token in "xy":
+            name = "number" if token.isdigit() else "letter"
+        elif token == "^2" and made:
+            name, parts = "square", [made.pop()]
+        elif "/" in token and len(token) > 1:
+            name, parts = "fraction", [typeset(part.strip("()"), language) for part in token.split("/")]
+            if not is_problem and re.search(r"(^|\()([1-9][0-9]*\+|-[1-9][0-9]*-)$", before):
+                made.pop()                            # 3+1/2 is printed without the +
+        elif token not in WRITTEN:                    # a model may write nonsense
+            name, parts = "unread", [token.replace("^", r"\hat{\ }") if language == LATEX else token]
+        made.append(WRITTEN[name][language].format(*parts))
+        before += token
+    shown = "".join(made)
+    return shown.replace("(", r"\left(").replace(")", r"\right)") if r"\frac" in shown else shown
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10                                 # seconds that a client may stall
-        server_version, sys_version, error_content_type = "tinyllm", "", "application/json"
+def to_latex(line):
+    r"""A line as an align* block of LaTeX.
 
-        def log_message(self, *_):
-            pass
+    >>> print(to_latex("10/4=2+(10-8)/4=2+1/2"))
+    \begin{align*}
+    10 \div 4&=2+(10-8) \div 4 \\
+    &=2\frac{1}{2}
+    \end{align*}
+    """
+    problem, *stages = line.split("=")
+    rows = " \\\\\n".join("&=" + typeset(stage, LATEX) for stage in stages)
+    return "\\begin{align*}\n" + typeset(problem, LATEX, is_problem=True) + rows + "\n\\end{align*}"
 
-        def send(self, status, kind, body, policy="default-src 'none'"):
-            data = body.encode("utf-8")
-            self.send_response(status)
-            for name, text in (("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", len(data)),
-                               ("Content-Security-Policy", policy + "; base-uri 'none'; frame-ancestors 'none'"),
-                               ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-                               ("Cache-Control", "no-store"), ("Connection", "close")):
-                self.send_header(name, str(text))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
+######## Step 7-3: what a person types, and what is said about the answer ##########################
 
-        def send_error(self, code, message=None, explain=None):
-            self.close_connection = True
-            self.send(code, "application/json", json.dumps({"error": message or http.HTTPStatus(code).description}))
+LOOKALIKES = str.maketrans("\u00d7\u22c5\u00b7\u2217\u00f7\u2215\u2044:\u2212\u2010\u2011\u2013\u2014[{]}",
+                           "****////-----(())", "\ufeff")
 
-        def refused(self):
-            """Is the request not for us? Then it has been answered."""
-            name, _, _ = (self.headers.get("Host") or "").rpartition(":")
-            try:
-                known = name in ("localhost", host) or bool(ipaddress.ip_address(name.strip("[]")))
-            except ValueError:
-                known = False
-            if not known or self.headers["Host"] != f"{name}:{self.server.server_port}":
-                self.send_error(403, "this server is asked by another name than its own; use the address that it printed")
-            elif self.headers.get("Origin", f"http://{self.headers['Host']}") != f"http://{self.headers['Host']}":
-                self.send_error(403, "this request comes from another page; open the address that the server printed")
-            else:
-                return False
-            return True
+def normalize(text):
+    """What people type, in the characters of VOCAB. Raises InputError for what cannot be meant.
 
-        def do_GET(self):
-            if self.refused():
-                return
-            if self.path.partition("?")[0] != "/":
-                return self.send_error(404, "there is nothing at this address; the page is at /")
-            nonce = secrets.token_urlsafe(16)
-            page = PAGE.replace("NONCE", nonce).replace("FIGURE", figure)
-            for name, count in (("LAYERS", model.config.n_layer), ("HEADS", model.config.n_head)):
-                page = page.replace(name, "".join(f"<option value={i}>{i + 1}</option>" for i in range(count)))
-            self.send(200, "text/html", page, f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-                                              "connect-src 'self'; form-action 'none'")
-
-        def do_POST(self):
-            if self.refused():
-                return
-            if self.path != "/solve":
-                return self.send_error(404, "there is nothing at this address; problems go to /solve")
-            length = self.headers.get("Content-Length", "")
-            if not re.fullmatch("[0-9]{1,9}", length):
-                return self.send_error(411, "the request does not say how long it is (Content-Length)")
-            if int(length) > 4096:
-                return self.send_error(413, "the request is longer than 4096 bytes; write a shorter problem")
-            try:
-                asked = json.loads(self.rfile.read(int(length)))
-                text, preview = asked["problem"], asked.get("preview", False)
-                if not isinstance(text, str):
-                    raise TypeError
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                return self.send_error(400, 'the request is not of the form {"problem": "12*34"}')
-            try:
-                reply = {"problem": typeset(prepare(text, model), 1)} if preview else reply_to(model, text, waiting)
-            except InputError as error:
-                return self.send_error(422, str(error))
-            self.send(200, "application/json", json.dumps(reply))
-
-        do_HEAD = do_GET
-
-    class Server(http.server.ThreadingHTTPServer):
-        request_queue_size = 128
-        allow_reuse_address = os.name != "nt"        # on Windows it would let two servers share a port
-
-        def handle_error(self, request, client_address):
-            pass                                     # a client that went away harms no other
-
-    try:
-        return Server((host, port), Handler)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot serve on {host}, port {port} ({error}); give another --port") from error
-
-
-######## Step 7-4: the commands #################################################################################
+    >>> normalize(" 12 \\u00d7 [3 + 007] = "), normalize("+6,358--2X")
+    ('12*(3+7)', '6358-(-2x)')
+    """
+    text = text.replace("\u00b2", "^2").replace("**", "^")
+    clean = unicodedata.normalize("NFKC", text.translate(LOOKALIKES)).translate(LOOKALIKES).lower()
+    unknown = [c for c in text if unicodedata.category(c) == "No"]               # one half, a raised 3
+    unknown += [c for c in clean if c not in ID and c != "," and not c.isspace()]
+    if unknown:
+        raise InputError(f"unknown character {ascii(unknown[0])} {unicodedata.name(unknown[0], '')}; "
+                         "write digits, + - * / ^2, brackets and the letters x and y")
+    if re.search(r"[0-9]\s+[0-9]", clean):
+        raise InputError("there is a space inside a number; write it without, and 1 1/2 as 1+1/2")
+    clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
+    clean = re.sub(r"\b[0-9]{1,3}(,[0-9]{3})+\b", lambda match: match[0].replace(",", ""), clean)
+    if not clean or "=" in clean or "," in clean:
+        raise InputError("write one problem, such as 12*34, without = and decimals in it")
+    clean = re.sub("(?<![0-9])0+(?=[0-9])", "", clean)           # 007 is 7
+    clean = clean.replace("(+", "(")
+    return re.sub(r"(?<=[-+*/])-((?:[0-9]|[xy](?:\^2)?)+)", r"(-\1)", clean)      # 5--3 is 5-(-3)
 
 def prepare(text, model):
     """What a person typed, as a problem that the model can be asked. Raises InputError."""
     problem = normalize(text)
     room = model.config.block_size // 2 - 2
     if len(problem) > room:
-        raise InputError(f"the problem has {len(problem)} characters, the model has room for {room}; "
-                         "write it in several parts")
-    node = parse(problem)
-    value(node)                                      # raises for a missing bracket or a division by zero
-    if re.search(r"[xy]|[0-9)]\(", problem):         # 2*x and x*2 are asked as 2x, 2(3+4) as 2*(3+4)
-        problem = to_text(node)
+        raise InputError(f"the problem is longer than {room} characters; write it in parts")
+    KINDS[kind_of(problem)].worth(problem)            # raises where it cannot be read
+    while re.fullmatch(r"\(.*\)", problem) and is_true(f"{problem}={problem[1:-1]}"):
+        problem = problem[1:-1]                       # brackets round the whole
+    if not re.search("[xy]", problem):
+        return re.sub(r"(?<=[0-9)])\(", "*(", problem)           # 2(3+4) is asked as 2*(3+4)
+    if "/" not in problem:                            # x*2 and 2*x are asked as 2x
+        item = r"(?:\([^()]*\)|[xy])(?:\^2)?"
+        problem = re.sub(rf"(?<![0-9xy)^*])({item})\*([0-9]+)(?![0-9xy(^*])", r"\2\1", problem)
+        problem = re.sub(r"(?<=[0-9xy)])\*(?=[xy(])", "", problem)
     return problem
 
+def is_outside(problem, config):
+    """Is this problem of a kind that was not learned, or one that could not have been drawn?
 
-def outside(problem, config):
-    """Is this problem larger than those that the model was trained on, or of another kind?
-
-    >>> [outside(problem, Config()) for problem in ("12*34", "1234*5678", "1+2+3+4+5+6", "123x+4x")]
+    >>> [is_outside(problem, Config()) for problem in ("12*34", "1/2+1/3", "1234*5678", "123x+4x")]
     [False, True, True, True]
     """
-    kind, size = kind_and_size(problem)
-    if kind not in config.kinds.split():
-        return True
-    longest = max(map(len, re.findall("[0-9]+", problem)), default=0)
-    return size > KINDS[kind].sizes[-1] or longest > {"expr": 4, "algebra": 2}.get(kind, 99) or \
-        (kind == "div" and len(problem.split("/")[1]) > 2)
+    kind = kind_of(problem)
+    return kind not in config.kinds.split() or not KINDS[kind].is_drawn(problem)
 
+def in_words(worth):
+    """What a stage is worth, as text: {"x": 3, "": -2} is 3x-2."""
+    if not isinstance(worth, dict):
+        return str(worth)
+    return join_terms((worth[letters], letters) for letters in MONOMIALS if letters in worth)
+
+def explain(line):
+    """The exact check of each stage in words, and of the whole: ([words], sentence).
+
+    >>> explain("2+3*4=5*4=20")
+    (['NOT TRUE: it should be 14', 'follows from that'], 'this is NOT the right answer')
+    """
+    problem, *stages = line.split("=")
+    words = []
+    for before, stage in zip([problem, *stages], stages):
+        if is_true(f"{problem}={stage}"):
+            words.append("true")
+        elif is_true(f"{before}={stage}"):            # after a slip, right but for the slip
+            words.append("follows from that")
+        else:
+            words.append(f"NOT TRUE: it should be {in_words(KINDS[kind_of(problem)].worth(problem))}")
+    if check(line)[0]:
+        return words, "the answer is right"
+    if words[-1:] == ["true"]:
+        return words, "it is true but could be simpler, so this is NOT AN ANSWER"
+    return words, "this is NOT the right answer"
+
+OUTSIDE = "this problem is outside the range that the model was trained on"
 
 def show(line, config):
-    """A line as a notebook shows it, a step a line, with the exact check of each step."""
-    problem, *steps = line.split("=")
-    width = max(map(len, steps), default=0)
-    for i, step in enumerate(steps):
-        verdict = "true" if is_true(f"{problem}={step}") else "NOT TRUE"
-        print(f"{problem if i == 0 else '':{len(problem)}} = {step:{width}}   check: {verdict}")
-    if steps and not is_simple(steps[-1]):
-        print("check: the last step is not simple, so this is NOT AN ANSWER")
-    if outside(problem, config):
-        print("note: this problem is outside the range that the model was trained on")
+    """Print a line as a notebook shows it, a stage a row, with the exact check of each."""
+    problem, *stages = line.split("=")
+    words, sentence = explain(line)
+    width = max(map(len, stages), default=0)
+    for i, (stage, said) in enumerate(zip(stages, words)):
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            said = f"\x1b[{32 if said == 'true' else 31}m{said}\x1b[0m"
+        print(f"{'' if i else problem:{len(problem)}} = {stage:{width}}   check: {said}")
+    if not check(line)[0]:
+        print(f"check: {sentence}")
+    if is_outside(problem, config):
+        print(f"note: {OUTSIDE}")
 
+######## Step 7-4: the page ########################################################################
+#
+# The same in a browser: a server from the standard library, and one page (PAGE, at the end of the
+# file) that loads nothing from anywhere else.
 
-def command_train(args):
-    """Train a model from scratch."""
-    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args}
-    resume = read_checkpoint(args.out) if args.resume else None
-    if resume:
-        extra = set(chosen) - {"steps"}
-        if extra:
-            raise InputError(f"--resume goes on with the run as it was: leave out --{min(extra)}")
-        chosen = {**resume["config"], **chosen}
-    elif RANK > 0:
-        pass                                         # process 0 looks after the file
-    elif os.path.isdir(args.out):
-        raise InputError(f"--out {args.out} is a folder; give it the name of a file")
-    elif os.path.exists(args.out) and not args.force:
-        raise InputError(f"{args.out} exists: give --resume to go on with it, --force to replace it, or another --out")
-    if args.minutes is not None and not 0 < args.minutes < float("inf"):
-        raise InputError(f"--minutes {args.minutes} must be more than 0")
-    config = Config(**chosen)
-    device = pick_device(args.device)
-    torch.manual_seed(config.seed)
-    model = TinyLLM(config).to(device).eval()
-    if RANK > 0:
-        train(config, args.out, args.minutes, resume, device, args.compile)
-        return 0
-    if not resume:
-        save_checkpoint(args.out, model)             # now, not in ten minutes, is the time to learn that it fails
-        print("Before training, the model answers:")
-        for kind in config.kinds.split():
-            problem = held_out_problems(kind, 1)[0]
-            written = decode(generate(model, [encode(problem + "=", config.ones_first)], len(problem) + 12)[0])
-            print("   ", written.replace("\n", " "))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}, {torch.get_num_threads()} threads, "
-          + (f"{WORLD_SIZE} processes, " if WORLD_SIZE > 1 else "")
-          + (f"{args.minutes:g} minutes" if args.minutes else f"{config.steps:,} steps")
-          + f", seed {config.seed}, torch {torch.__version__}", flush=True)
-    began = time.perf_counter()
-    model = train(config, args.out, args.minutes, resume, device, args.compile)
-    print(f"Trained in {(time.perf_counter() - began) / 60:.1f} minutes, saved as {args.out}. On held-out problems:")
-    print(table({kind: evaluate(model, held_out_problems(kind, 500, seed=2)) for kind in config.kinds.split()}))
-    print("The loss, from start to end:")
-    print(plot(read_checkpoint(args.out)["history"]))
-    given = "" if args.out == "tinyllm.pt" else f" --checkpoint {args.out}"
-    print(f'Now try:\n    python tinyllm.py ask "12*34"{given}\n    python tinyllm.py eval{given}')
-    return 0
+EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)", "(x+2)(x-3)",
+            "1/2+1/3", "99999*99999")
 
+def choose_examples(model):
+    """Problems for the page to offer: what the model gets right, and one thing that it gets wrong."""
+    problems = [problem for problem in EXAMPLES if kind_of(problem) in model.config.kinds.split()]
+    lines = solve(model, problems, max_tokens=160)
+    right = [line.split("=")[0] for line in lines if check(line)[0]]
+    wrong = [line.split("=")[0] for line in lines if not check(line)[0]]
+    return {"right": right, "wrong": wrong[-1:]}
 
-def command_eval(args):
-    """Measure a model on held-out problems."""
-    model = load_checkpoint(args.checkpoint, pick_device(args.device))
-    if args.problems < 1:
-        raise InputError("--problems must be at least 1")
-    kinds = model.config.kinds.split()
-    results = {kind: evaluate(model, held_out_problems(kind, args.problems)) for kind in kinds}
-    print(f"Held-out problems, greedy decoding, {args.checkpoint}:")
-    print(table(results))
-    by_size = {}
-    for kind in kinds:
-        top = KINDS[kind].sizes[-1]
-        for size in [*KINDS[kind].sizes, top + 1]:
-            name = f"{kind} {size}" + ("*" if size > top else "")
-            by_size[name] = evaluate(model, held_out_problems(kind, max(1, args.problems // 5), size=size))
-    print("By size: digits of the longest number, or operators. * is one size past what was trained on:")
-    print(table(by_size))
-    beyond = {}
-    if args.beyond:
-        sizes = {"add": range(11, 21), "sub": range(11, 21), "mul": [4], "div": [], "expr": [5, 6], "algebra": [6, 7]}
-        for kind in kinds:
-            for size in sizes[kind]:
-                problems = held_out_problems(kind, 2 * max(1, args.problems // 5), size=size)
-                if kind == "mul":                    # 4 x 4 digits, not 4 x 1
-                    problems = [problem for problem in problems if len(problem) == 9]
-                beyond[f"{kind} {size}"] = evaluate(model, problems[:max(1, args.problems // 5)])
-        print("Beyond what it was trained on:")
-        print(table(beyond))
-    pairs = {}
-    if args.pairs:
-        asked = [f"{a}{op}{b}" for op in "+-*/" for a in range(100) for b in range(100) if (op, b) != ("/", 0)]
-        pairs["pairs"] = evaluate(model, asked)
-        print("All of a+b, a-b, a*b, a/b with numbers below 100, those of the training data among them:")
-        print(table(pairs))
-    wrong = [line for result in results.values() for line in result["wrong"][:10 // len(results)]]
-    print(f"{sum(len(result['wrong']) for result in results.values())} wrong workings" + (", some of each kind:" if wrong else ""))
-    for line in wrong:
-        print("   ", explain(line))
-    if args.json:
-        try:
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"kinds": results, "sizes": by_size, "beyond": beyond, **pairs}, file, indent=1)
-        except OSError as error:
-            raise InputError(f"cannot write {args.json} ({type(error).__name__}); give --json another file") from error
-    low = [kind for kind, r in results.items() if args.target is not None and r["answers"] < args.target * r["problems"]]
-    if low:
-        print(f"below the target of {args.target}: {', '.join(low)}")
-    return 1 if low else 0
+def reply_to(model, text):
+    """What the page shows for a problem, as a dict for JSON. Raises InputError."""
+    problem = prepare(text, model)
+    line = solve(model, [problem])[0]
+    read, weights, probabilities = watch(model, line)
+    start = read.index("=")
+    words, sentence = explain(line)
+    values, ids = probabilities[start:].topk(3)
+    stages = [typeset(stage, MATHML) for stage in line.split("=")[1:]]
+    return {
+        "problem": typeset(problem, MATHML, is_problem=True), "stages": list(zip(stages, words)),
+        "right": check(line)[0], "sentence": sentence, "latex": to_latex(line),
+        "note": OUTSIDE if is_outside(problem, model.config) else "", "read": read, "start": start + 1,
+        # for each token that was written: a row for each head, a digit for each token before it
+        "weights": [[to_digits(head[t, :t + 1]) for head in weights.flatten(0, 1)]
+                    for t in range(start, len(read))],
+        "next": [[(VOCAB[i].replace("\n", "end"), p) for i, p in zip(*three)]
+                 for three in zip(ids.tolist(), values.tolist())]}
 
+HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+           "Cache-Control": "no-store", "Content-Security-Policy":
+           "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
+           "connect-src 'self'; style-src 'nonce-NONCE'; script-src 'nonce-NONCE'"}
 
-def command_ask(args):
-    """Ask the model."""
-    model = load_checkpoint(args.checkpoint, pick_device(args.device))
-    if args.plain and args.latex:
-        raise InputError("--plain writes the bare lines: leave out --latex, or --plain")
-    if args.plain:
-        return ask_plain(model, args.problems or sys.stdin)
+class Handler(http.server.BaseHTTPRequestHandler):
+    """GET / is the page, POST /solve {"problem": text} answers in JSON; all else is refused. So is what
+    another page has sent (Origin), and what came by another name than ours (Host; "DNS rebinding").
+    """
+    timeout = 10                                      # seconds that a client may stall
+    server_version, sys_version = "tinyllm", ""
 
-    def answer(line):
-        if args.latex:
-            print(to_latex(line))
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, kind, text):
+        nonce = secrets.token_urlsafe(16)
+        data = text.replace("NONCE", nonce).encode("utf-8")
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in HEADERS.items():
+            self.send_header(name, value.replace("NONCE", nonce))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def send_error(self, code, message=None, explain=None):
+        self.close_connection = True
+        sentence = message or http.HTTPStatus(code).phrase
+        self.send(code, "application/json", json.dumps({"error": sentence}))
+
+    def is_refused(self, path):
+        host = self.headers.get("Host", "")
+        names = "localhost", "127.0.0.1", self.server.host, self.server.server_address[0]
+        hosts = [f"{name}:{self.server.server_port}" for name in names]
+        if self.server.server_port == 80:
+            hosts += names
+        if host not in hosts or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            self.send_error(403, "open the address that the server printed, in a page of its own")
+        elif self.path.partition("?")[0] != path:
+            self.send_error(404, "there is nothing here; the page is at /, problems go to /solve")
         else:
-            show(line, model.config)
+            return False
+        return True
 
-    if args.problems:
-        for line in solve(model, [prepare(text, model) for text in args.problems]):
-            answer(line)
-        return 0
-    while True:                                      # a small prompt loop; an empty line or Ctrl-D ends it
+    def do_GET(self):
+        if not self.is_refused("/"):
+            self.send(200, "text/html", PAGE.replace("DATA", self.server.data))
+
+    def do_POST(self):
+        if self.is_refused("/solve"):
+            return
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,4}", length):
+            return self.send_error(413, "a problem is sent with its length, of 9999 bytes at most")
         try:
-            text = input("problem: " if sys.stdin.isatty() else "")
-        except EOFError:
-            return 0
-        if not text.strip():
-            return 0
-        try:
-            answer(solve(model, [prepare(text, model)])[0])
+            problem = "".join(json.loads(self.rfile.read(int(length)))["problem"])
+            with self.server.lock:                    # one problem at a time; the others wait
+                reply = reply_to(self.server.model, problem)
+            self.send(200, "application/json", json.dumps(reply))
         except InputError as error:
-            print(f"error: {error}")
+            self.send_error(422, str(error))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.send_error(400, 'the request is not of the form {"problem": "12*34"}')
 
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the page for a model; port 0 takes a free one. Raises InputError."""
+    request_queue_size = 128
+    allow_reuse_address = os.name != "nt"             # on Windows two servers could share a port
 
-def ask_plain(model, texts, batch_size=1000):
-    """One line in, one full line out, in the same order; what is no problem becomes an error line."""
-    status, texts = 0, iter(texts)
-    while batch := [text for _, text in zip(range(batch_size), texts)]:
-        answers, problems = [], {}
-        for i, text in enumerate(batch):
-            try:
-                problems[i] = prepare(text, model)
-                answers.append("")
-            except InputError as error:
-                answers.append(f"error: {error}")
-                status = 2
-        for i, line in zip(problems, solve(model, list(problems.values()))):
-            answers[i] = line
-        print("\n".join(answers), flush=True)
-    return status
-
-
-def command_look(args):
-    """See what the model looked at while it wrote."""
-    model = load_checkpoint(args.checkpoint, pick_device(args.device))
-    line = solve(model, [prepare(args.problem, model)])[0]
-    chosen = f"layer {args.layer or 'any'}, head {args.head or 'any'}, the largest weight"
-    print(f"{line}\n{chosen}; terms stand turned round, as the model reads them:")
-    print(look(model, line, args.layer, args.head))
-    return 0
-
-
-def command_serve(args):
-    """A page in the browser to talk to the model."""
-    model = load_checkpoint(args.checkpoint, pick_device(args.device))
-    server = make_server(model, model.history, args.host, args.port)
-    address = f"http://{args.host}:{server.server_port}/"
-    if args.host not in ("127.0.0.1", "localhost"):
-        print("warning: with --host, everyone who can reach this machine can use this page")
-    print(f"{address} (Ctrl-C ends it)", flush=True)
-    if args.open:
-        webbrowser.open(address)
-    with server:
+    def __init__(self, model, history=(), host="127.0.0.1", port=8000):
+        self.model, self.host, self.lock = model, host, threading.Lock()
+        self.data = json.dumps({"history": list(history), "heads": model.config.n_head,
+                                **choose_examples(model)})
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("\nended")
-    return 0
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise InputError(f"cannot serve on --host {host}, --port {port} ({error}); give others") from error
 
+    def handle_error(self, request, client_address):
+        pass                                          # a client that went away harms no other
 
-def command_bench(args):
-    """Measure this machine: training and decoding speed, memory."""
-    device = pick_device(args.device)
+######## Step 7-5: a run, its files and its terminal ###############################################
+
+def held_out_problems(kind, count, size=None, draw=None, seed=1):
+    """Up to `count` different held-out problems of a kind and size; fewer if there are no more."""
+    rng = random.Random(f"{seed}/{kind}/{size}")
+    draw = draw or KINDS[kind].draw
+    found = {}
+    for _ in range(200 * count):
+        problem = draw(rng, size or KINDS[kind].sizes[-1])
+        if is_held_out(problem) and (size is None or KINDS[kind].size(problem) == size):
+            found[problem] = True
+        if len(found) == count:
+            break
+    return list(found)
+
+def write_whole(path, state):
+    """Save beside `path` first, then rename, so that the file is always whole. Raises InputError."""
+    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
+        raise InputError(f"the loss is no longer a number: {path} keeps the last good state; try a smaller --lr")
+    beside = f"{path}.{os.getpid()}.tmp"
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = re.search("model name[^:]*: *(.*)", file.read())[1]
-    except (OSError, TypeError):                     # not Linux, or a processor without a name
-        cpu = platform.processor() or platform.machine()
-    if not 0 < args.seconds < float("inf"):
-        raise InputError(f"--seconds {args.seconds} must be more than 0")
-    print(f"machine            {torch.cuda.get_device_name() if device == 'cuda' else cpu}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path} ({type(error).__name__}); give --out a file in a folder "
+                         "that exists and that you may write to") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(beside)
 
-    def seconds(work, at_least):                     # of one call, when called for a while
-        work()
-        began, calls = time.perf_counter(), 0
-        while time.perf_counter() - began < at_least or calls == 0:
-            work()
-            calls += 1
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / calls
+def read_whole(path):
+    """Read a checkpoint into a dict, and see that it is one of ours. Raises InputError."""
+    try:
+        with open(path, "rb") as file:
+            data = io.BytesIO(file.read())
+    except OSError as error:
+        reason = f"may not be read ({error.strerror})" if os.path.exists(path) else "is not there"
+        raise InputError(f"the checkpoint {path} {reason}; give another, or train one") from error
+    try:
+        state = torch.load(data, map_location="cpu", weights_only=True)           # runs no code
+        is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
+        if is_ours:
+            TinyLLM(Config(**state["config"])).load_state_dict(state["model"])
+    except Exception as error:                        # a damaged file fails in a dozen ways
+        raise InputError(f"{path} is damaged or no checkpoint; give another, or train one") from error
+    if not is_ours:
+        raise InputError(f"{path} was written by another version of tinyllm; train again")
+    return state
 
-    n = 1024
-    matrix = torch.rand(n, n, device=device)
-    rate = 2 * n ** 3 / seconds(lambda: matrix @ matrix, 2.0)                         # n*n times n products and n sums
-    print(f"float32 product    {rate / 1e9:,.0f} GFLOP/s, matrices of {n} x {n}")
+def show_live(text):
+    """On a terminal, show a line that the next one replaces, cut to the width."""
+    if sys.stdout.isatty():
+        print("\r" + text.ljust(60)[:os.get_terminal_size().columns - 1], end="\r", flush=True)
 
-    config, counts = Config(), []
+RANK = int(os.environ.get("RANK", 0))                 # set by torchrun: which process this is, of how many
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+class Run:
+    """What surrounds the training loop: the clock, the rows, saving, Ctrl-C, several processes.
+
+    `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes. Each takes batches of its
+    own, and after each backward pass their gradients are averaged (Li et al. 2020, "PyTorch
+    Distributed"). So all take the same step and stay equal: one run with a batch twice as large.
+    """
+    N_PROBLEMS = 100                                  # held-out problems of each kind, for a row
+
+    def __init__(self, model, optimizers, progress, out, report):
+        self.model, self.optimizers, self.progress = model.train(), optimizers, progress
+        self.out, self.report, self.network, self.weight = out, report, model, 1.0
+        self.pressed = self.measuring = False
+        self.losses, self.tokens = [], 0
+        if WORLD_SIZE > 1:
+            dist.init_process_group("nccl" if model.head.weight.is_cuda else "gloo")
+            self.network = nn.parallel.DistributedDataParallel(
+                model, find_unused_parameters=not model.config.place)
+
+    def __enter__(self):
+        if self.report:
+            kinds = self.model.config.kinds.split()
+            self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in kinds}
+            self.report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in kinds))
+        self.previous = signal.signal(signal.SIGINT, self.press)
+        self.began = self.row_began = time.perf_counter()
+        return self
+
+    def press(self, *_):
+        """Ctrl-C does not strike in the middle of a step, and only once while it measures."""
+        self.pressed = True
+        if self.measuring:
+            self.measuring = False
+            raise KeyboardInterrupt
+
+    def batches(self):
+        stream = ProblemStream(self.model.config, self.progress, RANK, WORLD_SIZE)
+        for batch in DataLoader(stream, batch_size=None):
+            if WORLD_SIZE > 1:                        # one clock and one decision for all
+                self.agree(batch[2])
+            if self.pressed or part_done(self.progress, self.model.config) == 1:
+                break
+            yield [tensor.to(self.model.head.weight.device) for tensor in batch]
+
+    def agree(self, y):
+        counted = (y >= 0).sum().item()
+        numbers = [self.progress["seconds"], float(self.pressed), counted]
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.model.head.weight.device)
+        dist.all_reduce(sums)
+        self.progress["seconds"], self.pressed = sums[0].item() / WORLD_SIZE, sums[1].item() > 0
+        self.weight = counted * WORLD_SIZE / sums[2].item()      # how much this batch weighs
+
+    def note(self, loss, n_tokens):
+        """Count a step; a hundredth of the run is a point of the loss curve, a tenth is a row."""
+        config, progress = self.model.config, self.progress
+        before = part_done(progress, config)
+        progress["step"] += 1
+        progress["seconds"] += time.perf_counter() - self.began
+        done = part_done(progress, config)
+        self.losses.append(loss)
+        self.tokens += n_tokens
+        if self.report and int(100 * done) > int(100 * before):
+            mean, speed = sum(self.losses) / len(self.losses), self.tokens / (time.perf_counter() - self.row_began)
+            progress["history"].append({"step": progress["step"], "seconds": progress["seconds"], "loss": mean})
+            self.losses = []
+            start = f"{progress['step']:6} {done:4.0%} {mean:6.4f} {speed:8,.0f}"
+            show_live(f"{start}  {progress['seconds'] * (1 - done) / done / 60:.1f} minutes left")
+            if int(10 * done) > int(10 * before):
+                self.row(f"{start} {progress['seconds'] / 60:4.1f}")
+                save_checkpoint(self.out, self.model, self.optimizers, progress)
+        self.began = time.perf_counter()              # measuring does not count as training
+
+    def row(self, start):
+        """Ask held-out problems and show which part of the answers is right, by kind."""
+        show_live(f"{start} measuring ...")
+        self.measuring = True
+        with contextlib.suppress(KeyboardInterrupt):
+            right = {kind: evaluate(self.model, problems)["answers"] / max(1, len(problems))
+                     for kind, problems in self.problems.items()}
+            self.progress["history"][-1]["right"] = right
+            show_live("")
+            self.report(start + "".join(f"{part:8.0%}" for part in right.values()))
+        self.measuring = False
+        self.tokens, self.row_began = 0, time.perf_counter()
+
+    def __exit__(self, kind, *_):
+        if kind is None and self.pressed and self.report:
+            save_checkpoint(self.out, self.model, self.optimizers, self.progress)
+        if WORLD_SIZE > 1:
+            self.network = None
+            dist.destroy_process_group()
+        if kind is None and self.pressed:             # press stays: a second Ctrl-C spoils nothing
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, self.previous)
+
+######## Step 7-6: the commands ####################################################################
+#
+# Each is a function. Its parameters are the flags, and its docstring is their help.
+
+def check_config(config):
+    """Raises InputError for numbers that cannot work."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        may_be_0 = field.name in ("seed", "weight_decay", "flat")
+        if field.type in (int, float) and not (0 < value < 2 ** 63 or may_be_0 and value == 0):
+            raise InputError(f"--{field.name} {value} must be more than 0, and not too large")
+    kinds = config.kinds.split()
+    if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - set(KINDS):
+        raise InputError(f"--kinds '{config.kinds}' must name some of: {' '.join(KINDS)}")
+    if config.head_dim % 8 or config.flat >= 1:
+        raise InputError("--head_dim must be a multiple of 8, and --flat below 1")
+    rng = random.Random(0)
+    longest = max(len(solve_by_rules(draw_problem(kind, rng, False), config.working)) for kind in kinds for _ in range(200))
+    if longest >= config.block_size:
+        raise InputError(f"--block_size {config.block_size} is too short for lines of {longest} characters")
+
+def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=False, force=False,
+                  device="auto", **config):
+    """Train a model from scratch.
+
+    out: checkpoint to write
+    minutes: train for a given time instead of a number of steps
+    quick: a first taste: one layer learns sums, in seconds, into quick.pt
+    resume: go on with the run in --out
+    force: replace --out if it exists
+    """
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise InputError(f"--minutes {minutes} must be more than 0")
+    if quick:
+        config = {"n_layer": 1, "kinds": "add", "steps": 300, **config}
+        out = "quick.pt" if out == "tinyllm.pt" else out
+    state = {"config": {}, "progress": new_progress()}
+    if resume:
+        state = load_checkpoint(out)[1]
+        if set(config) - {"steps"}:
+            raise InputError("--resume goes on with the run as it was: leave out all but --steps, --minutes")
+        if "steps" not in config:
+            minutes = minutes or state["progress"]["minutes"]
+    config = Config(**{**state["config"], **config})
+    check_config(config)
+    device = pick_device(device)
+    progress = {**state["progress"], "minutes": minutes}
+    if part_done(progress, config) == 1:
+        raise InputError(f"{out} has had all its steps; give more --steps or --minutes")
+    if os.path.exists(out) and (not os.path.isfile(out) or os.path.islink(out)):
+        raise InputError(f"--out {out} is no plain file; give it the name of a file")
+    if os.path.exists(out) and not (resume or force or out == "quick.pt" or RANK > 0):
+        raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or another --out")
+    torch.manual_seed(config.seed)
     model = TinyLLM(config).to(device)
     optimizers = make_optimizers(model, config)
-    batches = iter(ProblemStream(config, start=config.steps // 2))                    # of all sizes
-
-    def step():                                      # as in train, with making the data
-        x, y = (tensor.to(device) for tensor in next(batches))
-        loss = loss_of(model, x, y)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        counts.append(x.numel())
-
-    took = seconds(step, args.seconds)
-    speed, n_parameters = sum(counts) / len(counts) / took, sum(p.numel() for p in model.parameters())
-    model.eval()
-    # Forward, each parameter is multiplied once and added once for each token: 2. Backward it is twice that, for the
-    # gradient of the input and of the parameter: 6 in all. Attention and the optimizers come on top, uncounted.
-    print(f"training           {speed:,.0f} tokens/s; 6 x {n_parameters:,} parameters x tokens = "
-          f"{6 * n_parameters * speed / rate:.0%} of that rate")
-
-    prompts = [encode(problem + "=") for problem in held_out_problems("expr", 200)]
-    for name, use_cache in (("with", True), ("without", False)):
-        took = seconds(lambda: generate(model, prompts, 64, use_cache), 1.0)
-        print(f"decoding           {len(prompts) / took:,.0f} problems/s {name} the key/value cache, 64 tokens each")
+    if resume:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    if RANK > 0:                                      # process 0 speaks and saves
+        return fit(model, optimizers, progress, out)
+    if not resume:
+        save_checkpoint(out, model)                   # now, not in ten minutes, is the time to fail
+        print("Before training, the model answers:")
+        show_answers(model)
+    budget = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
+          f"{torch.get_num_threads()}, from step {progress['step']:,} to {budget}, seed {config.seed}, "
+          f"torch {torch.__version__}", flush=True)
+    where = "" if out == "tinyllm.pt" else f" --{{}} {shlex.quote(out)}"
     try:
-        import resource                              # not on Windows
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:
-        peak = None
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak
-    print(f"peak memory        {f'{peak / 2 ** 20:,.0f} MiB' if peak else 'not known on this system'}")
-    return 0
+        fit(model, optimizers, progress, out, functools.partial(print, flush=True))
+    except KeyboardInterrupt:
+        resumed = "saved; go on with: python tinyllm.py train --resume" + where.format("out")
+        raise KeyboardInterrupt(resumed) from None
+    print(f"Trained in {progress['seconds'] / 60:.1f} minutes, saved as {out}. Measuring ...", flush=True)
+    print_row()
+    for kind in config.kinds.split():
+        print_row(kind, evaluate(model, held_out_problems(kind, 500, seed=2)))
+    print("Now it answers:")
+    show_answers(model)
+    checkpoint = where.format("checkpoint")
+    problem = "123+456" if config.kinds == "add" else "12*34"
+    print(f'Now try:\n    python tinyllm.py ask{checkpoint} "{problem}"\n    python tinyllm.py eval{checkpoint}')
 
+def show_answers(model):
+    """Print one held-out problem of each kind, and what the model writes where the answer goes."""
+    for kind in model.config.kinds.split():
+        problem = held_out_problems(kind, 1)[0]
+        print("   ", solve(model.eval(), [problem], max_tokens=len(solve_by_rules(problem)) + 1)[0])
 
-def command_data(args):
-    """Print examples of the data."""
-    rng = random.Random(args.seed)
-    for _ in range(args.count):
-        kind = args.kind or rng.choice(list(KINDS))
-        print(solve_by_rules(draw_problem(kind, rng, held_out=args.split == "test"), working=args.working))
-    return 0
+def print_row(name="", result=None):
+    """A row of what evaluate has found; without a result, the names of the columns."""
+    row = f"{'':26} problems  answers right  workings right  length"
+    if result:
+        n = max(1, result["problems"])
+        row = (f"{name:26} {n:8}  {result['answers'] / n:13.2%}  {result['workings'] / n:14.2%} "
+               f"{result['length']:7.1f}")
+    print(row, flush=True)
 
+def command_eval(checkpoint="tinyllm.pt", problems=1000, target: float = None, device="auto"):
+    """Measure a model on held-out problems.
+
+    checkpoint: model to measure
+    problems: held-out problems of each kind
+    target: exit with status 1 if the part of right answers, 0 to 1, is smaller for a kind
+    """
+    if problems < 1 or not 0 <= (target or 0) <= 1:
+        raise InputError("--problems must be at least 1, and --target a part from 0 to 1")
+    model, _ = load_checkpoint(checkpoint, pick_device(device))
+    kinds, some, results = model.config.kinds.split(), max(1, problems // 5), {}
+    print(f"Held-out problems, greedy decoding, {checkpoint}")
+    print_row()
+    for kind in kinds:
+        results[kind] = evaluate(model, held_out_problems(kind, problems))
+        print_row(kind, results[kind])
+    print("By size, * larger than any that it was trained on; then what it has practised:")
+    for kind in kinds:
+        for size in [*KINDS[kind].sizes, *KINDS[kind].beyond]:
+            name = f"{kind} {size}" + "*" * (size in KINDS[kind].beyond)
+            print_row(name, evaluate(model, held_out_problems(kind, some, size)))
+        for name, (_, draw) in KINDS[kind].practice.items():
+            print_row(f"{kind} {name}", evaluate(model, held_out_problems(kind, some, draw=draw)))
+    for line in [line for result in results.values() for line in result["wrong"][:2]]:
+        words, sentence = explain(line)
+        print(f"wrong: {line[:300]}\n       {next((said for said in words if said != 'true'), sentence)}")
+    low = [kind for kind, r in results.items() if r["answers"] < (target or 0) * r["problems"]]
+    if low:
+        print(f"below the target of {target}: {', '.join(low)}")
+    return 1 if low else 0
+
+def command_ask(*problems, checkpoint="tinyllm.pt", plain=False, latex=False, device="auto"):
+    """Ask the model.
+
+    problems: such as "12*34"; none: a prompt, or a pipe with a problem a line
+    checkpoint: model to ask
+    plain: one line in, one full line out
+    latex: the working as LaTeX
+    """
+    model, _ = load_checkpoint(checkpoint, pick_device(device))
+    status = 0
+    for texts in [problems] if problems else typed_lines() if sys.stdin.isatty() else piped_lines():
+        asked = {}                                    # number of the text -> problem
+        errors = {}
+        for i, text in enumerate(texts):
+            try:
+                asked[i] = prepare(text, model)
+            except InputError as error:
+                errors[i], status = error, 2
+        lines = dict(zip(asked, solve(model, list(asked.values()))))
+        for i in range(len(texts)):
+            if i in errors:
+                to_stderr = problems and not plain
+                print(f"{'tinyllm' if to_stderr else 'error'}: {errors[i]}",
+                      file=sys.stderr if to_stderr else sys.stdout)
+            elif plain or latex:
+                print(to_latex(lines[i]) if latex else lines[i])
+            else:
+                show(lines[i], model.config)
+            if latex and i in lines and not check(lines[i])[0]:
+                print(f"tinyllm: {explain(lines[i])[1]}: {lines[i]}", file=sys.stderr)
+        sys.stdout.flush()
+    return status
+
+def typed_lines():
+    """Problems typed at a prompt, one at a time, until an empty line, quit or Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        __import__("readline")                        # line editing, where it exists
+    with contextlib.suppress(EOFError):
+        text = input("problem (Enter ends): ")
+        while text.strip() not in ("", "q", "quit", "exit"):
+            yield [text]
+            text = input("problem (Enter ends): ")
+
+def piped_lines():
+    """Lists of lines from a pipe: all that wait already."""
+    rest = b""
+    while data := os.read(sys.stdin.fileno(), 1 << 14):
+        *lines, rest = (rest + data).split(b"\n")
+        yield [line.decode("utf-8", "replace") for line in lines]
+    if rest:
+        yield [rest.decode("utf-8", "replace")]
+
+def command_look(problem, checkpoint="tinyllm.pt", device="auto"):
+    """See what the model looked at while it wrote.
+
+    problem: such as "12+39"
+    checkpoint: model to look into
+    """
+    model, _ = load_checkpoint(checkpoint, pick_device(device))
+    line = solve(model, [prepare(problem, model)])[0]
+    print(f"{line}\nNumbers stand turned round, as the model reads and writes them.\n{look(model, line)}")
+
+def command_serve(checkpoint="tinyllm.pt", port=8000, host="127.0.0.1", device="auto"):
+    """Serve a page for the browser.
+
+    checkpoint: model to talk to
+    port: port to listen on
+    host: address to listen on; any other than 127.0.0.1 lets other machines in
+    """
+    model, state = load_checkpoint(checkpoint, pick_device(device))
+    with Server(model, state["progress"]["history"], host, port) as server:
+        if host not in ("127.0.0.1", "localhost"):
+            print("warning: everyone who can reach this machine can use this page")
+        name = "127.0.0.1" if host == "0.0.0.0" else host
+        print(f"http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+
+def command_data(kind="", split="train", count=10, seed=0):
+    """Print examples of what the model learns from.
+
+    kind: kind of problem; none: all of them
+    split: train or test
+    count: lines to print
+    seed: chooses the problems
+    """
+    if kind not in ("", *KINDS) or split not in ("train", "test") or count < 1:
+        raise InputError(f"--kind is one of {' '.join(KINDS)}, --split train or test, --count at least 1")
+    rng = random.Random(seed)
+    for _ in range(count):
+        print(solve_by_rules(draw_problem(kind or rng.choice(list(KINDS)), rng, split == "test")))
+
+def has_fast_bfloat16(device):
+    """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
+    able = torch.cpu.get_capabilities()
+    return device == "cuda" or device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 def pick_device(name):
-    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError for one that is not there."""
+    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError for one not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-    if not there[name]:
+    if not there.get(name):
         raise InputError(f"--device {name}: there is no such device here; use --device cpu")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))                   # a GPU for each process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))               # one for each process
     return name
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
 
-
 def make_parser():
-    parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic and writes its working.")
-    commands = parser.add_subparsers(title="commands", metavar="train | eval | ask | look | serve | bench | data")
-
-    def command(name, function):
-        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(function=function)
-        if name != "data":
-            sub.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-        return sub
-
-    sub = command("train", command_train)
-    sub.add_argument("--minutes", type=float, help="train for a given time instead of a number of steps")
-    sub.add_argument("--out", default="tinyllm.pt", help="checkpoint to write")
-    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    sub.add_argument("--force", action="store_true", help="replace --out if it exists")
-    sub.add_argument("--compile", action="store_true", help="let torch.compile make it faster (needs a C++ compiler)")
-    for field in dataclasses.fields(Config):         # SUPPRESS: only flags that were given reach command_train
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        text = field.metadata["help"] + f" (default: {field.default})"
-        sub.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
-
-    sub = command("eval", command_eval)
-    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to measure")
-    sub.add_argument("--problems", type=int, default=1000, help="held-out problems of each kind")
-    sub.add_argument("--pairs", action="store_true", help="also ask all 39,900 problems with two numbers below 100")
-    sub.add_argument("--beyond", action="store_true", help="also ask problems much larger than those of the training")
-    sub.add_argument("--target", type=float, help="exit with status 1 if a kind has a smaller part of answers right")
-    sub.add_argument("--json", help="file to write everything to, as JSON")
-
-    sub = command("ask", command_ask)
-    sub.add_argument("problems", nargs="*", help='such as "12*34"; none: a prompt')
-    sub.add_argument("--plain", action="store_true", help="one line in (standard input), one full line out")
-    sub.add_argument("--latex", action="store_true", help="the working as LaTeX")
-    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to ask")
-
-    sub = command("look", command_look)
-    sub.add_argument("problem", help='such as "12+39"')
-    sub.add_argument("--layer", type=int, help="one layer, 1 or more; none: the largest weight of all")
-    sub.add_argument("--head", type=int, help="one head, 1 or more; none: the largest weight of all")
-    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to look into")
-
-    sub = command("serve", command_serve)
-    sub.add_argument("--port", type=int, default=8000, help="port to listen on")
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    sub.add_argument("--open", action="store_true", help="open the page in the browser")
-    sub.add_argument("--checkpoint", default="tinyllm.pt", help="model to talk to")
-
-    sub = command("bench", command_bench)
-    sub.add_argument("--seconds", type=float, default=15.0, help="how long to train")
-
-    sub = command("data", command_data)
-    sub.add_argument("--kind", choices=list(KINDS), help="kind of problem; none: all of them")
-    sub.add_argument("--split", default="train", choices=["train", "test"], help="side of the split")
-    sub.add_argument("--count", type=int, default=10, help="lines to print")
-    sub.add_argument("--seed", type=int, default=0, help="chooses the problems")
-    sub.add_argument("--working", action=argparse.BooleanOptionalAction, default=True, help="with the working")
+    """A command for each function, a flag for each parameter, help from docstrings and comments."""
+    parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    config_help = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M)
+    for function in (command_train, command_eval, command_ask, command_look, command_serve, command_data):
+        about = inspect.getdoc(function)
+        sub = commands.add_parser(function.__name__.removeprefix("command_"), help=about.split("\n")[0])
+        sub.set_defaults(function=function, positional=None)
+        texts = {"device": "auto, cpu, cuda or mps", **dict(config_help),
+                 **dict(re.findall(r"^(\w+): (.*)", about, re.M))}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind == parameter.VAR_KEYWORD:          # **config: every field of Config
+                for field in dataclasses.fields(Config):
+                    add_flag(sub, field.name, field.type, argparse.SUPPRESS,
+                             f"{texts[field.name]} (default: {field.default})")
+            elif parameter.kind == parameter.VAR_POSITIONAL or parameter.default is parameter.empty:
+                nargs = "*" if parameter.kind == parameter.VAR_POSITIONAL else 1
+                sub.add_argument(name, nargs=nargs, help=texts[name])
+                sub.set_defaults(positional=name)
+            else:
+                has_type = parameter.annotation is not parameter.empty
+                type_ = parameter.annotation if has_type else type(parameter.default)
+                add_flag(sub, name, type_, parameter.default, texts[name])
     return parser
 
+def add_flag(parser, name, type_, default, help):
+    how = {"action": argparse.BooleanOptionalAction} if type_ is bool else {"type": type_}
+    parser.add_argument(f"--{name}", default=default, help=help, **how)
 
 def main(argv=None):
     """Run a command; returns the exit status: 0 fine, 1 below --target, 2 bad input, 130 Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")          # what a console cannot show is a "?"
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [f" {text}" if re.match("-[0-9xy(]", text) else text for text in argv]        # -5+3 is no flag
     try:
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")  # a byte that is no text is an unknown character, not a crash
         parser = make_parser()
-        args = parser.parse_args(argv)
+        args = vars(parser.parse_args(argv))
         if "function" not in args:
             parser.print_help()
             return 0
-        return args.function(args)
+        function, positional = args.pop("function"), args.pop("positional")
+        return function(*args.pop(positional, []), **args) or 0
     except InputError as error:
         print(f"tinyllm: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ntinyllm: stopped; a training run was saved, go on with it by --resume", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        print(f"\ntinyllm: stopped; {stop}".rstrip("; "), file=sys.stderr)
         return 130
-    except BrokenPipeError:                          # the reader has gone, as in `ask --plain | head -1`
+    except BrokenPipeError:                           # the reader has gone, as in `ask --plain | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
+######## Appendix 1: reading a stage ###############################################################
+#
+# School arithmetic, without any deep learning: how a stage is read, what it is worth, how it is
+# worked, and how problems with brackets and letters are drawn.
 
-######## The page of Step 7-3 ###################################################################################
+TOKEN = r"\^2(?![0-9])|[0-9]+|."
+SQUARE = "only letters and brackets with letters can be squared; write a product"
 
-PAGE = """<!doctype html>
+class Reader:
+    """Reads tokens by school precedence. make(token) makes something of a number or a letter, and
+    combine(sign, a, b) of two such things (b is None for a minus in front and for "^2"). So one
+    reader serves the exact check and the working.
+    """
+
+    def __init__(self, tokens, make, combine):
+        self.tokens, self.make, self.combine = tokens[::-1], make, combine       # the next one is last
+        if sum(map(len, tokens)) > 400 or tokens.count("(") > 100:
+            raise InputError("the problem is too long, or has too many brackets; write it in parts")
+        self.value = self.sum()
+        if self.tokens:
+            raise InputError(SQUARE if self.tokens[-1][0] == "^" else self.missing("an operator"))
+
+    def missing(self, wanted):
+        rest = "".join(self.tokens[::-1])
+        return f"{wanted} is missing before {rest[:40]}" if rest else f"{wanted} is missing at the end"
+
+    def next_is(self, *tokens):
+        return bool(self.tokens) and self.tokens[-1] in tokens
+
+    def sum(self):                                    # products with + and - between them
+        minus = self.next_is("-") and self.tokens.pop()
+        value = self.product(self.combine("-", self.item(), None) if minus else self.item())
+        while self.next_is("+", "-"):
+            value = self.combine(self.tokens.pop(), value, self.product(self.item()))
+        return value
+
+    def product(self, value):                         # items joined by * and /, or side by side: 3x
+        sign = "*"
+        while self.next_is("*", "/", "(", "x", "y"):
+            if self.next_is("*", "/"):
+                sign = self.tokens.pop()
+            elif sign == "/":
+                raise InputError("this can be read in two ways; write a * or brackets after the division")
+            value = self.combine(sign, value, self.item())
+        return value
+
+    def item(self):                                   # a number, a letter, or a sum in brackets
+        if not self.tokens or self.tokens[-1][0] not in "0123456789xy(":
+            raise InputError(self.missing("a number or an opening bracket"))
+        first = self.tokens.pop()
+        value = self.sum() if first == "(" else self.make(first)
+        if first == "(" and not self.next_is(")"):
+            raise InputError(self.missing("a closing bracket"))
+        if first == "(":
+            self.tokens.pop()
+        if self.next_is("^2") and not first.isdigit():
+            value = self.combine(self.tokens.pop(), value, None)
+        return value
+
+def has_letters(terms):
+    return any(letters for _, letters in terms)
+
+def combine_terms(sign, a, b):
+    """Two sums as lists of terms, 3x-2 as [(3, "x"), (-2, "")], combined; or one of them changed."""
+    if sign == "^2" and not has_letters(a):
+        raise InputError(SQUARE)
+    if sign == "^2":
+        return combine_terms("*", a, a)
+    if b is None:
+        return [(-n, letters) for n, letters in a]
+    if sign in ("+", "-"):
+        return a + (b if sign == "+" else combine_terms("-", b, None))
+    if sign == "/" and (has_letters(a) or has_letters(b)):
+        raise InputError("letters cannot be divided here; write it without the division")
+    if sign == "/" and sum(n for n, _ in b) == 0:
+        raise InputError("a division by zero has no answer; change the divisor")
+    if sign == "/":
+        return [(Fraction(sum(n for n, _ in a)) / sum(n for n, _ in b), "")]
+    a, b = (terms if has_letters(terms) else [(sum(n for n, _ in terms), "")] for terms in (a, b))
+    if max(len(some + more) for _, some in a for _, more in b) > 2:
+        raise InputError("only products up to x^2, xy and y^2 are known; write fewer letters")
+    return [(n * m, "".join(sorted(some + more))) for n, some in a for m, more in b]
+
+def make_term(token):
+    return [(1, token)] if token in "xy" else [(int(token), "")]
+
+def to_terms(text):
+    """Text -> terms, multiplied out, in the order in which they come. Raises InputError.
+
+    >>> to_terms("3(2x-1)-7")
+    [(6, 'x'), (-3, ''), (-7, '')]
+    """
+    return Reader(re.findall(TOKEN, text), make_term, combine_terms).value
+
+def exact_value(text):
+    """What a text is worth, for all x and y: letters -> their number. Raises InputError.
+
+    >>> exact_value("2+3/4"), exact_value("(x+1)^2-x^2")
+    ({'': Fraction(11, 4)}, {'x': 2, '': 1})
+    """
+    total = Counter()
+    for n, letters in to_terms(text):
+        total[letters] += n
+    return {letters: n for letters, n in total.items() if n}
+
+def is_true(line):
+    """Are all stages of a line worth what its problem is worth? What cannot be read is not true.
+
+    >>> is_true("10/4=2+2/4=2+1/2"), is_true("10/4=2+2/4=3"), is_true("2(x+1)-2x=2x+2-2x=2")
+    (True, False, True)
+    """
+    problem, *stages = line.split("=")
+    kind = KINDS[kind_of(problem)]
+    try:
+        return bool(stages) and all(kind.worth(stage) == kind.worth(problem) for stage in stages)
+    except ValueError:
+        return False
+
+def is_simple(text):
+    """Is this an answer: a number, a fraction below 1 or a mixed number in lowest terms, or a sum of
+    unlike terms in the usual order?
+
+    >>> [is_simple(text) for text in ("-17", "3+1/2", "-3-1/2", "x^2-x-6", "2x+3")]
+    [True, True, True, True, True]
+    >>> [is_simple(text) for text in ("3-1/2", "2/4", "5/2", "007", "-0", "1x", "x+0", "3-x", "")]
+    [False, False, False, False, False, False, False, False, False]
+    """
+    number = "[1-9][0-9]*"
+    fraction = re.fullmatch(rf"(?:-?|{number}\+|-{number}-)({number})/({number})", text)
+    if fraction:
+        above, below = int(fraction[1]), int(fraction[2])
+        return above < below and math.gcd(above, below) == 1
+    count = "(?:[2-9]|[1-9][0-9]+)?"                  # 1x is written x
+    terms = "".join(f"(?:[-+]{count}{letters})?" for letters in (r"x\^2", "xy", r"y\^2", "x", "y"))
+    signed = text if text[:1] == "-" else f"+{text}"
+    return text == "0" or text != "" and bool(re.fullmatch(f"{terms}(?:[-+]{number})?", signed))
+
+######## Appendix 2: the next stage of the working #################################################
+#
+# A stage is read and written again at the same time. Each operation whose two sides stand there as
+# plain numbers is done, all of them at once; the others are written as they were.
+
+@dataclasses.dataclass
+class Part:
+    """A part of a stage while it is written again."""
+    text: str                   # how it is written
+    binds: int = 3              # 1 a sum, 2 a product or quotient, 3 what stands by itself
+    number: int = None          # its value, if it stands there as a plain number
+    minus: int = 0              # characters at its front that need brackets if they are not first
+    summands: list = None       # of a product or quotient just done: the sum that it became
+
+def plain(n, is_written=False):
+    """A number as a Part. is_written: it stands there already, so it can be worked with."""
+    return Part(str(n), number=n if is_written else None, minus=len(str(n)) if n < 0 else 0)
+
+def make_part(token):
+    return plain(int(token), True) if token.isdigit() else Part(simplify(token), 2)
+
+def combine_parts(sign, a, b):
+    """The operation done, if both sides are plain numbers; else written again."""
+    if b is None:
+        return negate(a)
+    if a.number is not None and b.number is not None:
+        return calculate(sign, a.number, b.number)
+    if sign in ("+", "-") and b.summands == []:       # 8+0/7 is 8
+        return Part(a.text, a.binds, minus=a.minus)
+    if sign in ("+", "-") and b.summands and not all(map(str.isdigit, b.summands)):
+        return Part(sign.join([a.text, *b.summands]), 1, minus=a.minus)          # 70+8+37/23
+    return join_parts(sign, a, b)
+
+def join_parts(sign, a, b):
+    """The operation as it is written, with the brackets that it needs."""
+    binds = 1 if sign in ("+", "-") else 2
+    left = a.text if a.binds >= binds else f"({a.text})"
+    right = f"({b.text[:b.minus]}){b.text[b.minus:]}" if b.minus else b.text
+    right = right if b.binds > binds else f"({b.text})"
+    return Part(left + sign + right, binds, minus=a.minus if a.binds >= binds else 0)
+
+def negate(a):
+    if re.fullmatch("-?[0-9]+", a.text):
+        return plain(-int(a.text), a.number is not None)
+    if a.summands and "/" in a.text:                  # -(70+221/23) is -70-221/23
+        return Part("-" + "-".join(a.summands), 1, minus=1 + len(a.summands[0]))
+    text = f"-{a.text}" if sides(a.text) else f"-({a.text})"
+    return Part(text, minus=len(text))
+
+def calculate(sign, a, b):
+    if sign in ("+", "-") and b < 0:                  # signs are a stage of their own: 5-(-3)=5+3
+        return Part(f"{a}{'-' if sign == '+' else '+'}{-b}", 1, minus=plain(a).minus)
+    if sign in ("+", "-"):
+        return plain(a + b if sign == "+" else a - b)
+    if (a < 0 or b < 0) and a != 0 and b != 0:        # -4*27=-(4*27)
+        unsigned = Part(f"{abs(a)}{sign}{abs(b)}", 2)
+        return unsigned if (a < 0) == (b < 0) else negate(unsigned)
+    summands = multiply(abs(a), abs(b)) if sign == "*" else divide(abs(a), abs(b))
+    binds = 1 if len(summands) > 1 else 2 if "/" in "".join(summands) else 3
+    return Part("+".join(summands) or "0", binds, summands=summands)
+
+def split_places(n):
+    """345 -> [300, 40, 5]: the number by place value, without zeros."""
+    return [int(d) * 10 ** (len(str(n)) - 1 - i) for i, d in enumerate(str(n)) if d != "0"]
+
+def multiply(a, b):
+    """One digit times two, with zeros behind or not, is done at once; the rest is split by place.
+
+    >>> [multiply(*pair) for pair in ((45, 20), (345, 20), (345, 27), (2345, 7), (345, 10))]
+    [['900'], ['6000', '900'], ['345*20', '345*7'], ['14000', '(2100+315)'], ['3450']]
+    """
+    few, many = sorted((split_places(a), split_places(b)), key=len)
+    if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
+        return [str(a * b)]
+    if len(few) == 1:
+        rest = multiply(sum(many[1:]), few[0])
+        return [str(many[0] * few[0]), rest[0] if len(rest) == 1 else f"({'+'.join(rest)})"]
+    if len(split_places(a)) < len(split_places(b)):
+        return [f"{part}*{b}" for part in split_places(a)]
+    return [f"{a}*{part}" for part in split_places(b)]
+
+def divide(a, b):
+    """Take off a multiple of the divisor: a digit and zeros behind it, sure to fit. (From 11 on nobody
+    knows the tables: a pupil rounds the divisor up, 23 to 25, and divides by that.)
+
+    >>> [divide(*pair) for pair in ((56, 7), (1831, 23), (23, 23), (0, 7), (12, 18))]
+    [['8', '(56-56)/7'], ['70', '(1831-1610)/23'], ['1'], [], ['2*2*3/(2*3*3)']]
+    """
+    if a < b:
+        return [simplify(f"{a}/{b}")] if a else []
+    if a == b or b == 1:
+        return [str(a // b)]
+    unit = 5 if b < 50 else 10
+    rounded = b if b <= 10 else (b // unit + 1) * unit
+    digits = str(max(1, a // rounded))
+    taken = int(digits[0]) * 10 ** (len(digits) - 1)
+    return [str(taken), f"({a}-{taken * b})/{b}"]
+
+FACTORS = r"[0-9]+(?:\*[0-9]+)*"
+FRACTION = rf"(?<![0-9*/)]){FACTORS}/(?:[0-9]+|\({FACTORS}\))(?![0-9*/(])"       # 3/7, 2*2*3/(2*3*3)
+
+def sides(text):
+    """The factors above and below the line of a fraction below 1; None for all else, such as 7/2.
+
+    >>> sides("2*2/(2*3)"), sides("7/2")
+    (([2, 2], [2, 3]), None)
+    """
+    if not re.fullmatch(FRACTION, text):
+        return None
+    above, below = ([int(n) for n in re.findall("[0-9]+", side)] for side in text.split("/"))
+    return (above, below) if 0 < math.prod(above) < math.prod(below) else None
+
+def prime_factors(n):
+    """84 -> [2, 2, 3, 7], 1 -> []."""
+    p = next((p for p in range(2, n + 1) if n % p == 0), None)
+    return [p, *prime_factors(n // p)] if p else []
+
+def simplify(fraction):
+    """Take a fraction apart into primes, or cancel one that is above and below, or multiply out.
+
+    >>> simplify("12/18"), simplify("2*2*3/(2*3*3)"), simplify("2*2/7")
+    ('2*2*3/(2*3*3)', '2*3/(3*3)', '4/7')
+    """
+    above, below = sides(fraction)
+    common = [p for p in above if p in below]
+    if len(above) == len(below) == 1:
+        above, below = prime_factors(above[0]), prime_factors(below[0])
+    elif common:
+        above.remove(min(common))
+        below.remove(min(common))
+    else:
+        above, below = [math.prod(above)], [math.prod(below)]
+    top, bottom = ("*".join(map(str, side)) for side in (above or [1], below))
+    return f"{top}/({bottom})" if len(below) > 1 else f"{top}/{bottom}"
+
+def split_tokens(text):
+    """Text to tokens; a fraction below 1 is one of them: 5-2/3 is 5, - and 2/3."""
+    tokens = []
+    for found in re.findall(f"{FRACTION}|{TOKEN}", text):
+        is_division = len(found) > 1 and "/" in found and not sides(found)
+        tokens += re.findall(TOKEN, found) if is_division else [found]
+    return tokens
+
+def rewrite(text):
+    """The next stage of working with numbers; the same text at the end.
+
+    >>> rewrite("(12+3)*4-6-15/18"), rewrite("15*4-6-3*5/(2*3*3)")
+    ('15*4-6-3*5/(2*3*3)', '60-6-5/(2*3)')
+    """
+    return Reader(split_tokens(text), make_part, combine_parts).value.text
+
+MONOMIALS = ("xx", "xy", "yy", "x", "y", "")          # in the order in which an answer has them
+
+def join_terms(terms):
+    """Terms to text: [(1, "xx"), (-1, "x")] is x^2-x, and [] is 0."""
+    text = "".join(f"{'' if n < 0 else '+'}{n}{letters}" for n, letters in terms)
+    text = text.replace("xx", "x^2").replace("yy", "y^2")
+    return re.sub("(?<=[+-])1(?=[xy])", "", text).removeprefix("+") or "0"
+
+def rewrite_letters(text):
+    """The next stage with letters: multiply out, or sort, or add what is alike; the first that changes
+    anything. Of terms that are alike the first two are added: 5x-5x+2x is 0x+2x. A lone 0x goes.
+
+    >>> rewrite_letters("3(2x-1)-2(x+4)"), rewrite_letters("6x-3-2x-8"), rewrite_letters("6x-2x-3-8")
+    ('6x-3-2x-8', '6x-2x-3-8', '4x-11')
+    """
+    terms = to_terms(text)
+    in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
+    added = []
+    for letters, alike in itertools.groupby(in_order, lambda term: term[1]):
+        numbers = [n for n, _ in alike]
+        if numbers != [0]:
+            added += [(n, letters) for n in (sum(numbers[:2]), *numbers[2:])]
+    return next((new for new in map(join_terms, (terms, in_order, added)) if new != text), text)
+
+@functools.lru_cache(maxsize=8)                       # who draws a problem asks for its line, too
+def solve_by_rules(problem, working=True):
+    """The line that the model should write. This makes training data; no answer passes through it.
+
+    >>> solve_by_rules("36/84"), solve_by_rules("7-(-5)"), solve_by_rules("12*34", working=False)
+    ('36/84=2*2*3*3/(2*2*3*7)=2*3*3/(2*3*7)=3*3/(3*7)=3/7', '7-(-5)=7+5=12', '12*34=408')
+    """
+    kind = KINDS[kind_of(problem)]
+    stages = [problem, kind.stage(problem)]
+    while stages[-1] not in stages[:-1]:
+        if "*" in stages[-2] and kind.is_answer(stages[-1]):     # a fraction stays as it came out
+            break
+        stages.append(kind.stage(stages[-1]))
+    if len(stages) > 2 and stages[-1] == stages[-2]:
+        stages.pop()
+    return "=".join(stages if working else [problem, stages[-1]])
+
+######## Appendix 3: problems with brackets ########################################################
+
+def longest_number(problem):
+    return max(map(len, re.findall("[0-9]+", problem)), default=0)
+
+def count_signs(problem):
+    """How many operators stand between two things: 2 in -1+2*(-3)."""
+    return len(re.findall("(?<=[0-9)xy])[-+*/]", problem))
+
+def draw_tree(rng, n, signs, lengths, negative):
+    """An expression with n operators: (Part, value). Its values have four digits at most, and its
+    divisions come out even. lengths: how often a number has 1, 2, 3, 4 digits.
+    """
+    if n == 0:
+        value = draw_number(rng, rng.choices((1, 2, 3, 4), lengths)[0])
+        value *= -1 if rng.random() < negative else 1
+        return plain(value), value
+    while True:
+        sign, n_left = rng.choice(signs), rng.randrange(n)
+        left, a = draw_tree(rng, n_left, signs, lengths, negative)
+        right, b = draw_tree(rng, n - 1 - n_left, signs, lengths, negative)
+        if sign == "/" and n_left == 0:               # choose the dividend to suit the divisor
+            a = b * draw_number(rng, rng.choice((1, 1, 2)))
+            left = plain(a)
+        elif sign == "/" and n_left == n - 1:         # or the divisor to suit the dividend
+            b = rng.choice([d for d in range(1, 100) if a % d == 0])
+            right = plain(b)
+        if sign == "/" and (not 0 < abs(b) < 100 or a % b != 0):
+            continue
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a // (b or 1)}[sign]
+        if abs(value) <= 9999 and abs(a) <= 9999:
+            break
+    needed = 1 if sign in ("+", "-") else 2
+    if needed <= left.binds < 3 and rng.random() < 0.06:         # people write more than are needed
+        left = Part(f"({left.text})")
+    if needed < right.binds < 3 and rng.random() < 0.06:
+        right = Part(f"({right.text})")
+    part = join_parts(sign, left, right)
+    return (negate(part), -value) if rng.random() < 0.03 else (part, value)
+
+def is_expression(problem):
+    """Could it be drawn: 2 to 6 operators, a short line, a whole number at its end?"""
+    if not 2 <= count_signs(problem) <= 6 or longest_number(problem) > 4:
+        return False
+    line = solve_by_rules(problem)
+    return len(line) <= 160 and re.search("=-?[0-9]+$", line) is not None
+
+def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2), negative=0.04):
+    """2 to `top` operators, the most of so many draws, and `more`."""
+    while True:
+        n = max(rng.randint(2, top) for _ in range(draws)) + more
+        problem = draw_tree(rng, n, signs, lengths, negative)[0].text
+        if is_expression(problem):
+            return problem
+
+KINDS["expr"] = Kind(draw_expression, "[^xy]+", range(2, 5), (5, 6), 2.0, size=count_signs,
+                     is_drawn=is_expression, practice={
+    "many": (0.6, functools.partial(draw_expression, draws=2)),
+    "5 and 6": (0.06, functools.partial(draw_expression, draws=2, more=2)),
+    "sums": (0.1, functools.partial(draw_expression, more=1, signs="++-", lengths=(1, 1, 3, 0))),
+    "negatives": (0.14, functools.partial(draw_expression, lengths=(4, 4, 2, 0), negative=0.5))})
+
+######## Appendix 4: problems with letters #########################################################
+
+def draw_term(rng, letters, largest=9):
+    """A term, such as (-7, "x")."""
+    return rng.choice((-1, 1)) * rng.randint(1, largest), letters
+
+def draw_like_terms(rng, top, hard):
+    """8x+3-5y+2x-7; one term in twelve cancels an earlier one, or nearly."""
+    mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")]
+    letters = rng.choice(mixtures + [MONOMIALS] * (3 if hard else 1))
+    largest = rng.choice((9, 99) if hard else (9, 9, 99))
+    n_terms = max(rng.randint(2, top + 1) for _ in range(1 + hard))
+    terms = [draw_term(rng, rng.choice(letters), largest) for _ in range(n_terms)]
+    for i in range(1, n_terms):
+        if rng.random() < 0.08:
+            n, alike = rng.choice(terms[:i])
+            terms[i] = -n + rng.choice((0, 0, 1, -1)) * hard or 1, alike
+    return join_terms(terms)
+
+def draw_bracket(rng, hard):
+    """(2x-1), (x+y), (5-3x)"""
+    pairs = ("x", ""), ("x", ""), ("y", ""), ("x", "y"), ("", "x"), ("y", "x")
+    (a, first), second = (draw_term(rng, letters) for letters in rng.choice(pairs))
+    a = a if rng.random() < (0.2 if hard else 0.1) else abs(a)
+    return f"({join_terms([(a, first), second])})"
+
+def draw_brackets(rng, top, hard):
+    """3(2x-1)-2(x+4)-(x-2)+7"""
+    n_brackets = rng.randint(1, 3)
+    factors = ["", *"23456789"] + ["", ""] * hard
+    parts = [rng.choice("++-") + rng.choice(factors) + draw_bracket(rng, hard) for _ in range(n_brackets)]
+    if n_brackets < 3 and rng.random() < 0.3:
+        n, letters = draw_term(rng, rng.choice(("x", "y", "")))
+        parts.insert(rng.randint(0, n_brackets), "-+"[n > 0] + join_terms([(abs(n), letters)]))
+    return "".join(parts).removeprefix("+")
+
+def draw_two_brackets(rng, top, hard):
+    """(x+2)(x-3), (2x-1)^2"""
+    return draw_bracket(rng, hard) + ("^2" if rng.random() < 0.3 else draw_bracket(rng, hard))
+
+def draw_algebra(rng, top, hard=False):
+    """Draw until there is a letter and at most `top` signs."""
+    draws = draw_like_terms, draw_brackets, draw_two_brackets
+    while True:
+        draw = rng.choices(draws, (10, 6, 4) if hard else (4, 4, 3))[0]
+        problem = draw(rng, top, hard)
+        if re.search("[xy]", problem) and count_signs(problem) <= top:
+            return problem
+
+TERM = r"(?:[0-9]{0,2}(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2})"
+BRACKET = rf"\(-?{TERM}(?:[-+]{TERM})?\)"
+ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
+PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"
+ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{PRODUCT}")
+
+KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 2.8, size=count_signs,
+                        stage=rewrite_letters, practice={
+    "many": (0.65, functools.partial(draw_algebra, hard=True))},
+    is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem) is not None)
+
+######## Appendix 5: what is practised #############################################################
+
+def draw_near(sign, rng, top):
+    """Numbers that begin alike, or whose leading digits are one apart: 150-144, 2015-1993"""
+    a = draw_number(rng, rng.randint(1, top))
+    difference = draw_number(rng, rng.randint(1, len(str(a))))
+    b = abs(a + rng.choice((-1, 1)) * difference)
+    b = b if len(str(b)) <= top else abs(a - difference)
+    return f"{'-' if rng.random() < 0.15 else ''}{a}{sign}{b}"
+
+def draw_signed(draw, rng, top):
+    """One or both numbers negative: -12+5, 5-(-9), -3*(-4)"""
+    a, sign, b = re.fullmatch("-?([0-9]+)(.)([0-9]+)", draw(rng, top)).groups()
+    return rng.choice((f"-{a}{sign}{b}", f"{a}{sign}(-{b})", f"-{a}{sign}(-{b})"))
+
+def draw_fraction(rng, top):
+    """A fraction below 1; half of them can be cancelled, by up to 49."""
+    common = rng.choice((1, rng.randint(2, 49)))
+    b = rng.randint(2, max(2, 99 // common))
+    return f"{rng.randrange(1, b) * common}/{b * common}"
+
+def draw_shape(shapes, rng, top):
+    """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C two
+    digits; m up to `top` digits; M four, if `top` allows; R with zeros behind; T 11 to 19; v, w x
+    and y, or y and x; s, t a sign.
+    """
+    values = dict(zip("vw", rng.sample("xy", 2)))
+    values.update((letter, rng.choice("+-")) for letter in "st")
+    for letters, least, most in (("ab", 2, 9), ("cd", 1, 9), ("ABC", 10, 99), ("T", 11, 19)):
+        values.update((letter, rng.randint(least, most)) for letter in letters)
+    values["m"] = draw_number(rng, rng.randint(1, top))
+    values["M"] = draw_number(rng, 4 if top > 2 else top)
+    values["R"] = draw_number(rng, 1) * 10 ** rng.randint(0, top - 1)
+    return re.sub("[A-Za-z]", lambda match: str(values[match[0]]), rng.choice(shapes.split()))
+
+PRACTICE = (                                          # kind, name, share, shapes
+    ("mul", "4 by 1 and 2", 0.15, "M*a a*M M*A A*M"),
+    ("mul", "round", 0.2, "R*m m*R R*A A*R"),
+    ("div", "small", 0.24, "A/a A/T m/T Aa/B cd/T"),
+    ("algebra", "large numbers", 0.09, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
+    ("algebra", "factors", 0.09, "v(vsc) -v(vsc) v(wsc) v(avsd) v(vsc)tw(wsd) A(vsc) -A(vsc) A(avsd)"
+                                 " A(vsc)tB(wsd) av(vsc) av(bwsd) v(vsB)"),
+    ("algebra", "squares", 0.05, "(v+c)(v-c) (v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v) (vsA)^2"),
+    ("algebra", "single terms", 0.05, "av-(-bv) av+(-bv) -av-(-bw) (av)^2 av*bw av*bv a*bv av*b"))
+for name, shape, share, shapes in PRACTICE:
+    KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
+KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
+KINDS["sub"].practice["near"] = 0.4, functools.partial(draw_near, "-")
+KINDS["div"].practice["fractions"] = 0.16, draw_fraction
+
+def is_drawn(problem):
+    """Could a problem with two numbers have been drawn? A divisor has two digits at most."""
+    kind = KINDS[kind_of(problem)]
+    lengths = [len(n) for n in re.findall("[0-9]+", problem)]
+    if "/" in problem and lengths[1] > 2:
+        return False
+    return max(lengths) <= kind.sizes[-1] or "*" in problem and max(lengths) <= 4 and min(lengths) <= 2
+
+for name in ("add", "sub", "mul", "div"):
+    KINDS[name].practice["signs"] = 0.16, functools.partial(draw_signed, KINDS[name].draw)
+    KINDS[name].is_drawn = is_drawn
+
+######## The page of Step 7-4 ######################################################################
+
+PAGE = r"""<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>tinyllm</title>
 <style nonce="NONCE">
-:root { color-scheme: light; --paper: #fbfaf7; --ink: #1d1d1f; --soft: #5c5c63; --line: #d8d5cc; --accent: #0b57a4;
-  --good: #17652a; --bad: #a8161b; --look: 214 120 0;
-  --c0: #0b57a4; --c1: #b3400a; --c2: #17652a; --c3: #8a1f7a; --c4: #6b5b00; --c5: #a8161b; }
-@media (prefers-color-scheme: dark) { :root { color-scheme: dark; --paper: #17181b; --ink: #ececec; --soft: #a5a7ae; --line: #3a3c42;
-  --accent: #86b9f5; --good: #7fd193; --bad: #ff9a94; --look: 255 170 60;
-  --c0: #86b9f5; --c1: #ffab7a; --c2: #7fd193; --c3: #e6a0dc; --c4: #dcc95c; --c5: #ff9a94; } }
+:root { color-scheme: light dark; --ink: light-dark(#1d1d1f, #ececec); --paper: light-dark(#fbfaf7, #17181b);
+  --soft: light-dark(#5c5c63, #a5a7ae); --line: light-dark(#d8d5cc, #3a3c42); --accent: light-dark(#0b57a4, #86b9f5);
+  --good: light-dark(#17652a, #7fd193); --bad: light-dark(#a8161b, #ff9a94); --look: light-dark(#8a4b00, #ffb347); }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 46rem; background: var(--paper); color: var(--ink);
-  font: 1.05rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
-p { margin: .4rem 0; } .soft, figcaption { color: var(--soft); font-size: .95rem; }
-form { display: flex; gap: .5rem; margin: 1.2rem 0 .3rem; }
-input, button, select { font: inherit; color: inherit; background: transparent; border: 1px solid var(--soft); border-radius: .4rem;
-  padding: .45rem .7rem; }
-input { flex: 1; min-width: 0; font-size: 1.25rem; } button { cursor: pointer; } form button { background: var(--accent); color: var(--paper); }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-.few { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; } .few button { padding: .15rem .6rem; font-size: .95rem; }
-#preview { min-height: 2.4rem; margin-top: .6rem; font-size: 1.3rem; } math { font-size: 1.15em; } mfrac > * { padding: .12em; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; } td { padding: .25rem .35rem; vertical-align: baseline; white-space: nowrap; }
-td:first-child { text-align: right; } .true { color: var(--good); } .false { color: var(--bad); font-weight: 700; }
-.verdict { font-size: .9rem; padding-left: 1.2rem; position: sticky; right: 0; background: var(--paper); } #answer { font-size: 2.4rem; margin: .6rem 0 0; }
-#written { font: 1.15rem/2 ui-monospace, monospace; } #written span { padding: .2rem .08rem; border-radius: .2rem; }
-#written [tabindex] { cursor: pointer; border-bottom: 2px solid var(--line); } #written .now { border-color: var(--accent); font-weight: 700; }
-figure { margin: 1rem 0; } svg { width: 100%; height: auto; font: 15px system-ui, sans-serif; fill: var(--ink); }
-.grid { stroke: var(--line); } .line { fill: none; stroke-width: 2.5; }
-.c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); stroke-dasharray: 8 3; } .c2 { stroke: var(--c2); stroke-dasharray: 2 3; }
-.c3 { stroke: var(--c3); stroke-dasharray: 12 4; } .c4 { stroke: var(--c4); stroke-dasharray: 8 3 2 3; } .c5 { stroke: var(--c5); stroke-dasharray: 4 4; }
-@media (max-width: 36rem) { #steps, #steps tbody { display: block; } #steps tr { display: flex; flex-wrap: wrap; align-items: baseline; }
-  #steps td:first-child { width: 100%; text-align: left; } #steps td:first-child:empty { display: none; }
-  #steps td:nth-child(3) { flex: 1; overflow-x: auto; } svg { font-size: 19px; } }
+body { margin: 0 auto; padding: 1rem; max-width: 48rem; font: 1.05rem/1.45 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 1.2rem 0 .3rem; } p { margin: .3rem 0; }
+.soft, figcaption { color: var(--soft); font-size: .93rem; }
+form, .few { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0; }
+input, button { font: inherit; color: inherit; background: none; border: 1px solid var(--soft); border-radius: .4rem;
+  padding: .35rem .7rem; min-height: 2.2rem; }
+input { flex: 1; min-width: 0; font-size: 1.25rem; } button { cursor: pointer; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
+#answer { font-size: 1.9rem; } .waiting { opacity: .4; }
+.scroll { overflow-x: auto; } td { padding: .15rem .35rem; white-space: nowrap; vertical-align: baseline; }
+.true { color: var(--good); } .follows { color: var(--soft); } .false { color: var(--bad); font-weight: 700; }
+#tokens { font: 1.15rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem;
+  text-align: center; padding: .3rem 0; border-bottom: 2px solid transparent; }
+#tokens .written { cursor: pointer; border-color: var(--line); } #tokens .chosen { outline: 2px solid var(--accent); }
+meter { width: 9rem; } #grid { font: .8rem ui-monospace, monospace; color: var(--soft); }
+#grid div { display: flex; } #grid i { flex: none; width: 1.5rem; height: .8rem; border: 1px solid var(--line); }
+#grid b { flex: none; width: 5.5rem; font-weight: 400; position: sticky; left: 0; background: var(--paper); }
+#grid .sharp b { color: var(--look); font-weight: 700; }
+svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
 </style>
-</head>
-<body>
-<main>
 <h1>tinyllm</h1>
-<p class="soft">A small language model that learned school arithmetic from examples. It writes one character after another;
-no calculator helps it. Whether a step is true is checked afterwards, exactly.</p>
-<form id="form"><input id="problem" aria-label="Problem" autocomplete="off" autocapitalize="off" spellcheck="false" maxlength="400" autofocus
-  placeholder="(12+3)*4-6"><button>Ask</button></form>
-<div id="preview" aria-hidden="true"></div>
-<div class="few" id="examples"><span class="soft">Try</span></div>
+<p class="soft">A small language model that learned school arithmetic from examples. It writes one character after
+another; no calculator helps it. Each step is checked afterwards, exactly, and the check says so.</p>
+<form id="form"><input id="problem" aria-label="Problem" autocomplete="off" autocapitalize="off" spellcheck="false"
+  maxlength="400" autofocus><button id="ask">Ask</button></form>
+<div class="few" id="examples"></div>
 <p id="message" role="alert" class="false"></p>
-<section id="result" hidden aria-live="polite">
-  <p id="answer"></p><p id="judgement"></p><p id="note" class="soft"></p>
-  <h2>Its working</h2>
-  <div class="scroll" tabindex="0" role="region" aria-label="Working, a step a line"><table id="steps"></table></div>
-  <p class="few"><button id="latex" type="button">Copy LaTeX</button><button id="text" type="button">Copy text</button>
-    <span id="copied" role="status" class="soft"></span></p>
-  <h2>What it looked at</h2>
-  <p class="soft">Point at a character that it wrote, or move with the arrow keys: the darker an earlier character, the more the model
-    looked at it while it wrote this one. Numbers are written from the ones place, terms from their letter.</p>
-  <p class="few"><label>Layer <select id="layer"><option value="">all</option>LAYERS</select></label>
-    <label>Head <select id="head"><option value="">all</option>HEADS</select></label></p>
-  <p id="written" role="group" aria-label="The line, character by character"></p>
-  <p id="choice" role="status"></p>
-</section>
-<section id="past" hidden><h2>Asked before</h2><div class="few" id="asked"></div></section>
-<section><h2>How it learned</h2>FIGURE</section>
+<main id="result" hidden aria-live="polite">
+  <p id="answer" class="scroll"></p>
+  <p><span id="sentence"></span> <span id="note" class="soft"></span></p>
+  <div class="scroll" tabindex="0" role="region" aria-label="Working"><table id="working"></table></div>
+  <h2>How it wrote this</h2>
+  <p class="soft">These are its tokens in the order in which it reads and writes them: numbers from the ones. Choose one
+    that it wrote, or step with the arrow keys.</p>
+  <p id="tokens" tabindex="0" role="group" aria-label="Tokens"></p>
+  <div id="next" role="status"></div>
+  <p class="soft">Where each head looked when it wrote this token: the darker, the more. Point at a row to see it above.</p>
+  <div class="scroll" id="grid" tabindex="0" role="region" aria-label="Heads"></div>
+  <p><button id="copy" type="button">Copy as LaTeX</button></p>
 </main>
+<h2>How it learned</h2>
+<div id="learned"></div>
 <script nonce="NONCE">
 "use strict";
-const $ = id => document.getElementById(id), input = $("problem"), asked = [];
-let reply = null, now = 0, walk = 0, typed = 0;
+const data = DATA, $ = id => document.getElementById(id);
+const names = {add: "sums", sub: "differences", mul: "products", div: "quotients", expr: "brackets", algebra: "letters"};
+let reply, chosen, asked = 0;
 
-async function post(body) {
-  const answer = await fetch("/solve", {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
-  const data = await answer.json();
-  if (!answer.ok) throw new Error(data.error);
-  return data;
-}
-
-function add(parent, tag, text, attributes = {}) {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+function add(parent, tag, text, properties = {}) {
+  const element = Object.assign(document.createElement(tag), properties);
+  if (text !== undefined) element.textContent = text;
   parent.append(element);
   return element;
 }
 
-function button(parent, problem) {
-  add(parent, "button", problem, {type: "button"}).onclick = () => { input.value = problem; ask(problem); input.focus(); };
+function mathml(parent, content) {
+  add(parent, "span").innerHTML = `<math displaystyle="true">${content}</math>`;
 }
 
 async function ask(problem, remember = true) {
-  $("message").textContent = "";
-  typed++;
-  try { reply = await post({problem}); } catch (error) {
-    $("result").hidden = true;
-    $("message").textContent = error.message;
-    return;
-  }
-  if (remember) history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
-  if (!asked.includes(problem)) { asked.push(problem); button($("asked"), problem); }
-  walk = asked.length;
-  $("past").hidden = false;
-  const last = reply.steps[reply.steps.length - 1];
-  $("preview").innerHTML = `<math>${reply.problem}</math>`;
-  $("answer").innerHTML = `<math>${last ? last.mathml : ""}</math>`;
-  $("judgement").textContent = reply.right ? "Check: the answer is right." : "Check: this is NOT the right answer.";
-  $("judgement").className = String(reply.right);
-  $("note").textContent = reply.note;
-  $("steps").replaceChildren();
-  reply.steps.forEach((step, i) => {
-    const row = $("steps").insertRow();
-    row.insertCell().innerHTML = i ? "" : `<math>${reply.problem}</math>`;
-    row.insertCell().textContent = "=";
-    row.insertCell().innerHTML = `<math displaystyle="true">${step.mathml}</math>`;
-    add(row, "td", step.true ? "true" : "NOT TRUE", {class: "verdict " + step.true});
-  });
-  $("written").replaceChildren();
-  now = reply.start;
-  const shown = [...reply.line, "\\u2190end"], tokens = shown.map((_, i) => reply.place.indexOf(i));
-  shown.forEach((character, i) => {
-    const t = tokens[i], span = add($("written"), "span", character);
-    span.dataset.t = t;
-    if (t < reply.start) return;
-    span.tabIndex = t === now ? 0 : -1;
-    span.onmouseenter = span.onfocus = () => point(t);
-  });
-  $("result").hidden = false;
-  point(now);
+  const turn = ++asked;
+  $("problem").value = problem;
+  $("result").classList.add("waiting");
+  $("ask").textContent = "It writes ...";
+  let found, error = "";
+  try {
+    const answer = await fetch("/solve", {method: "POST", body: JSON.stringify({problem})});
+    found = await answer.json();
+    error = found.error || "";
+  } catch { error = "The server does not answer; start it again: python tinyllm.py serve"; }
+  if (turn !== asked) return;                          // a later question has been asked
+  $("ask").textContent = "Ask";
+  $("result").classList.remove("waiting");
+  $("message").textContent = error;
+  $("result").hidden = error !== "";
+  if (remember && new URLSearchParams(location.search).get("q") !== problem)
+    history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
+  document.title = problem + " - tinyllm";
+  if (!error) show(reply = found);
 }
 
-function point(t) {
-  now = t;
-  const rows = reply.weights[t - reply.start], layer = $("layer").value, head = $("head").value;
-  const some = rows.filter((_, i) => layer === "" || i == layer).flatMap(heads => heads.filter((_, i) => head === "" || i == head));
-  for (const span of $("written").children) {
-    const s = +span.dataset.t, weight = s < t ? Math.max(...some.map(row => +row[s])) : 0;
-    span.style.backgroundColor = `rgb(var(--look) / ${weight / 12})`;
-    span.className = s === t ? "now" : "";
-    if (s >= reply.start) span.tabIndex = s === t ? 0 : -1;
-  }
-  $("choice").textContent = "Likeliest here: " + reply.next[t - reply.start].map(([c, p]) => `${c} ${(100 * p).toFixed(p < 0.9995 && p > 0.0005 ? 1 : 0)}%`).join(", ");
+function show({problem, stages, sentence, right, note, read, start}) {
+  for (const id of ["answer", "working", "tokens"]) $(id).replaceChildren();
+  mathml($("answer"), problem + "<mo>=</mo>" + (stages.length ? stages.at(-1).mathml : ""));
+  $("sentence").textContent = `Check: ${sentence}.`;
+  $("sentence").className = right;
+  $("note").textContent = note && `Note: ${note}.`;
+  stages.forEach((stage, i) => {
+    const row = $("working").insertRow();
+    mathml(row.insertCell(), i ? "" : problem);
+    add(row, "td", "=");
+    mathml(row.insertCell(), stage.mathml);
+    add(row, "td", stage.check, {className: {t: "true", f: "follows"}[stage.check[0]] || "false"});
+  });
+  [...read, "end"].forEach((token, t) => {
+    const span = add($("tokens"), "span", token);
+    if (t >= start) Object.assign(span, {className: "written", onclick: () => choose(t)});
+  });
+  choose(start);
 }
 
-$("written").onkeydown = event => {
-  const spans = [...$("written").querySelectorAll("[tabindex]")], at = spans.findIndex(span => +span.dataset.t === now);
-  const next = spans[at + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0)];
-  if (next && next !== spans[at]) { event.preventDefault(); next.focus(); }
+function choose(t) {
+  chosen = t;
+  const i = t - reply.start, spans = [...$("tokens").children];
+  spans.forEach((span, s) => span.classList.toggle("chosen", s === t));
+  $("next").replaceChildren();
+  for (const [token, p] of reply.next[i]) {
+    const row = add($("next"), "div");
+    add(row, "meter", "", {value: p});
+    add(row, "span", ` ${token}  ${(100 * p).toFixed(1)}%`);
+  }
+  $("grid").replaceChildren();
+  reply.weights[i].forEach((digits, n) => {
+    const row = add($("grid"), "div", undefined, {className: /[89]/.test(digits) ? "sharp" : ""});
+    add(row, "b", `layer ${Math.floor(n / data.heads) + 1}.${n % data.heads + 1}`);
+    for (const digit of digits) paint(add(row, "i"), digit);
+    row.onmouseenter = row.onclick = () => spans.forEach((span, s) => paint(span, digits[s] || 0));
+    row.onmouseleave = () => spans.forEach(span => paint(span, 0));
+  });
+}
+
+function paint(element, digit) {
+  element.style.background = `color-mix(in srgb, var(--look) ${digit * 8}%, transparent)`;
+}
+
+function chart(title, top, series) {                   // series: name -> points [minutes, 0 to top]
+  const figure = add($("learned"), "figure"), all = Object.values(series).flat();
+  const width = Math.max(...all.map(([x]) => x)) || 1;
+  const lines = Object.entries(series).map(([name, points]) => {
+    const at = points.map(([x, y]) => `${40 + 440 * x / width},${170 - 160 * y / top}`);
+    return `<polyline points="${at.join(" ")}"/><text x="486" y="${at.at(-1).split(",")[1]}">${name}</text>`;
+  });
+  add(figure, "figcaption", title);
+  add(figure, "div").innerHTML = `<svg viewBox="0 0 600 190">${lines.join("")}<text x="4" y="16">${top}</text>
+    <text x="4" y="170">0</text><text x="440" y="188">${width.toFixed(1)} minutes</text></svg>`;
+}
+
+$("form").onsubmit = event => { event.preventDefault(); ask($("problem").value); };
+$("copy").onclick = () => navigator.clipboard.writeText(reply.latex);
+$("tokens").onkeydown = event => {
+  const t = chosen + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0);
+  if (t !== chosen && t >= reply.start && t <= reply.read.length) { event.preventDefault(); choose(t); }
 };
-$("layer").onchange = $("head").onchange = () => point(now);
-$("form").onsubmit = event => { event.preventDefault(); ask(input.value); };
-input.onkeydown = event => {
-  if (!["ArrowUp", "ArrowDown"].includes(event.key)) return;
-  event.preventDefault();
-  walk = Math.min(asked.length, Math.max(0, walk + (event.key === "ArrowUp" ? -1 : 1)));
-  input.value = asked[walk] || "";
-  input.oninput();
-};
-input.oninput = async () => {
-  const turn = ++typed;
-  let shown = "";
-  try { shown = `<math>${(await post({problem: input.value, preview: true})).problem}</math>`; } catch (error) { /* not finished yet */ }
-  if (turn === typed) $("preview").innerHTML = shown;
-};
-for (const [id, key] of [["latex", "latex"], ["text", "line"]]) $(id).onclick = async () => {
-  try { await navigator.clipboard.writeText(reply[key]); $("copied").textContent = "copied"; }
-  catch (error) { $("copied").textContent = "the browser does not allow it here"; }
-};
-function fromAddress() {
+for (const {problem, fails} of data.examples)
+  add($("examples"), "button", problem + (fails ? " (it fails here)" : ""), {onclick: () => ask(problem)});
+const minutes = point => point.seconds / 60, rows = data.history.filter(point => point.right);
+if (data.history.length) chart("Loss, in nats", 1, {loss: data.history.map(p => [minutes(p), Math.min(1, p.loss)])});
+if (rows.length) chart("Held-out answers right, in %", 100, Object.fromEntries(Object.keys(rows[0].right).map(
+  kind => [names[kind] || kind, rows.map(p => [minutes(p), 100 * p.right[kind]])])));
+window.onpopstate = () => {
   const problem = new URLSearchParams(location.search).get("q");
-  if (problem) { input.value = problem; ask(problem, false); }
-}
-window.onpopstate = fromAddress;
-["(12+3)*4-6", "345*27", "1831/23", "48213-51786", "10/4", "3(2x-1)-2(x+4)", "(x+2)(x-3)"].forEach(problem => button($("examples"), problem));
-fromAddress();
+  if (problem) ask(problem, false); else $("result").hidden = true;
+};
+window.onpopstate();
 </script>
-</body>
 </html>
 """
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -786,7 +786,8 @@ def test_after_a_slip_only_the_first_false_stage_is_called_false():
     assert words == ["NOT TRUE: it should be 13", "follows from that", "follows from that"] and "NOT the right" in sentence
     assert tinyllm.explain("52/65=2*2*13/(5*13)=52/65") == (
         ["true", "true"], "it is true but could be simpler, so this is NOT AN ANSWER")
-    assert tinyllm.explain("2x+3x=6x")[0] == ["NOT TRUE: it should be 5x"]
+    assert tinyllm.explain("2x+3x=6x=7x=5x")[0] == ["NOT TRUE: it should be 5x", "NOT TRUE: another slip", "true"]
+    assert tinyllm.explain("-7/2=3")[0] == ["NOT TRUE: it should be -3-1/2"]
     assert tinyllm.explain("2+3=5") == (["true"], "the answer is right")
 
 
@@ -910,17 +911,26 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
-def test_the_page_in_a_real_browser(page, tmp_path):
-    """A browser that opens /?q=12%2B34 shows the answer in MathML, the tokens, the grid and the chart."""
+def test_the_page_in_a_real_browser(page, tmp_path, monkeypatch):
+    """Of two quick questions the second one's answer is shown: MathML, tokens, the grid, the chart; and
+    the right arrow key chooses the next token that was written."""
+    act = """ask("1234*567"); ask("12+34");
+setInterval(() => { if (reply && !window.done) { window.done = true;
+  $("tokens").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"})); } }, 20);
+</script>"""
+    monkeypatch.setattr(tinyllm, "PAGE", tinyllm.PAGE.replace("</script>", act))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]
-    done = subprocess.run([CHROMIUM, *flags, "--virtual-time-budget=8000", "--dump-dom", f"http://{page[0]}/?q=12%2B34"],
+    done = subprocess.run([CHROMIUM, *flags, "--virtual-time-budget=8000", "--dump-dom", f"http://{page[0]}/"],
                           capture_output=True, timeout=100)
     dom = done.stdout.decode("utf-8")
     line = tinyllm.solve(small_model(), ["12+34"])[0]
-    assert "<math" in dom.split('id="answer"')[1] and "<title>12+34" in dom and "NOT" in dom
-    assert dom.count('class="written') == len(line) + 1 - 6 and dom.count("<polyline") == 1 + len(tinyllm.KINDS)
-    assert dom.count("layer ") >= 4 and dom.count("<meter") == 3
+    tokens = re.findall("<span(.*?)>(.*?)</span>", dom.split('id="tokens"')[1].split("</div>")[0])
+    assert [text for _, text in tokens] == [*tinyllm.reverse_numbers(line), "end"]
+    assert ["chosen" in how for how, _ in tokens].index(True) == line.index("=") + 2
+    assert "<math" in dom.split('id="answer"')[1] and "<title>12+34" in dom and "this is NOT" in dom
+    assert dom.split("<script")[0].count("<polyline") == 2 * (1 + len(tinyllm.KINDS))
+    assert dom.count("<b>head ") == 4
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def five_facts():
     torch.Size([2, 3])
     >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape         # other shapes
     (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
-    >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # along the last axis, -1: e^x by their sum
+    >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # along the last axis, -1: e^x over their sum
     tensor([0.0900, 0.2447, 0.6652])
     >>> a.add_(1).sum()                               # a name that ends in _ changes the tensor
     tensor(27.)
@@ -285,14 +285,13 @@ def with_gaps(addresses, gap, rng):
 
 def attention(q, k, v):
     """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
-    attention weights (..., T, S). S tokens can be looked at: the T of q, and before them those in a
-    cache.
-
-    The score of a query and a key is their dot product: how well they agree. As a sum of D products
-    it grows with the square root of D, so it is divided by that. A causal mask sets the scores of
-    later tokens to minus infinity. Softmax turns each row of scores into weights with the sum 1
-    (computed, not learned). The result is the mix of the values by these weights. (Vaswani et al.
-    2017, "Attention Is All You Need".) Three tokens with two numbers each:
+    attention weights (..., T, S). S tokens can be looked at: in training the T of q, in writing
+    also those before them. The score of a query and a key is their dot product: how well they
+    agree. As a sum of D products of either sign it grows with the square root of D, so it is
+    divided by that. A causal mask sets the scores of later tokens to minus infinity. Softmax turns
+    each row of scores into weights with the sum 1 (computed, not learned). The result is the mix of
+    the values by these weights. (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens
+    with two numbers each:
 
     >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
     >>> k = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -322,7 +321,7 @@ def attention(q, k, v):
     return weights @ v, weights                                                   # (..., T, D)
 
 class CausalSelfAttention(nn.Module):
-    """Tokens look at earlier tokens: x (B, T, C) -> (B, T, C).
+    """Tokens look at earlier tokens: x (B, T, C), turns (B, T + 1, 1, D/2) -> (B, T, C).
 
     This happens H times side by side, each time with queries, keys and values of its own. Each is a
     head: one may find the tens, another the sign.
@@ -354,7 +353,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[:] = k, v                                                       # (B, S, H, D)
         y, weights = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        self.weights = None if self.training else weights                         # for Step 7-1
+        self.weights = None if self.training else weights  # for Step 7-1; eval() ends training
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
@@ -458,7 +457,7 @@ class TinyLLM(nn.Module):
         n_pairs = self.config.head_dim // 2
         if not self.config.place:
             return rotations(column, n_pairs, 1000).unsqueeze(2)
-        n = 3 * n_pairs // 8                          # of 16 pairs: 4 by place, 6 by slot and stage
+        n = 3 * n_pairs // 8                          # of 16 pairs: 4, 6 and 6
         by_place, by_slot = rotations(place, n_pairs - 2 * n, 16), rotations(slot, n, 16)
         return torch.cat((by_place, by_slot, rotations(stage, n, 16)), dim=-1).unsqueeze(2)
 
@@ -504,7 +503,7 @@ def draw_sum(op, rng, top):
     if dice < 0.3:                                    # two numbers of one length
         b = draw_number(rng, len(digits))
     if dice < 0.1:                                    # of these, some begin alike: 48213-48179
-        b = int(digits[:keep] + str(draw_number(rng, len(digits) - keep)).zfill(len(digits) - keep))
+        b = int(digits[:keep] + str(draw_number(rng, len(digits) - keep)))
     elif dice > 0.9:                                  # 48213+51786 is all nines; 1 more, it carries
         b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
     return f"{'-' if rng.random() < 0.05 else ''}{a}{op}{b}"
@@ -527,8 +526,8 @@ def draw_quotient(rng, top):
 @dataclasses.dataclass
 class Kind:
     """All that this program knows of a kind of problem. (lambda: for what is defined later.)"""
-    draw: callable              # draw(rng, top) -> a problem, no larger than top
-    looks: str                  # a pattern; of the kinds that it fits the first in KINDS counts
+    draw: callable              # draw(rng, top) -> a problem of about size top or less
+    looks: str                  # a pattern for its problems; the first kind that fits counts
     sizes: range                # the sizes to train on
     beyond: tuple = ()          # larger sizes, which eval asks as well
     share: float = 1.0          # how often it is drawn
@@ -537,7 +536,7 @@ class Kind:
     stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
     worth: callable = lambda text: exact_value(text)             # the same for all stages of a line
     is_answer: callable = lambda text: is_simple(text)           # is the working done?
-    is_drawn: callable = lambda problem: True                    # if not, people are told so
+    is_drawn: callable = lambda problem: True                    # if not, `ask` warns
 
 SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-7)
 LONG = (11, 12, 14, 16, 18, 20)
@@ -582,8 +581,8 @@ def draw_problem(kind, rng, held_out, top=None):
         if is_held_out(problem) == held_out:
             return problem
 
-# A kind of your own: sums of two fractions. Take away the "# " of these lines, and try `train
-# --kinds frac --minutes 2`. A test runs exactly these lines.
+# A kind of your own: sums of two fractions (Fraction is imported below). Take away the "# " of
+# these lines, and try `train --kinds frac --minutes 2`.
 #
 # def draw_fractions(rng, top):
 #     b, d = rng.randint(2, 6 * top), rng.randint(2, 6 * top)
@@ -606,7 +605,7 @@ def draw_problem(kind, rng, held_out, top=None):
 ######## Step 4-2: from a line to x and y ##########################################################
 
 def to_example(line, ones_first=True):
-    """A line to (x, y): two lists of ids. y is x one token later, or -100 where the loss skips it.
+    """A line to (x, y): two lists of ids. y is x one token later, or -100, which the loss skips.
 
     At each position the model reads x up to there and should say y. Only what it must write counts:
     everything behind the first "=". Nothing leaks: what it should say it has not read yet.
@@ -643,9 +642,9 @@ class ProblemStream(IterableDataset):
 
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
     up: that is padding, and wasted work. So a pool of 64 batches is drawn and sorted by length
-    first. In a run of a set number of steps a pool depends on its number and the seed alone, so
-    that a run that was stopped goes on as it would have. rank, n_processes: of those that train
-    together (Step 7-5).
+    first. In a run of a set number of steps, pool n depends on n and the seed alone, so that a run
+    that was stopped goes on as it would have. rank, n_processes: of those that train together (Step
+    7-5).
     """
     POOL = 64
 
@@ -695,7 +694,7 @@ class ProblemStream(IterableDataset):
 
 def loss_of(model, x, addresses, y):
     """Cross-entropy: the mean of -ln P(y) over the tokens that count. It softmaxes the logits."""
-    # autocast: matrix products with half the bits, where that is faster; it does no harm
+    # autocast: matrix products with half the bits, where that is faster
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device.type)):
         logits = model(x, addresses)                                              # (B, T, V)
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())             # (B*T, V), (B*T,)
@@ -713,7 +712,7 @@ def orthogonal(matrix):
 
     A matrix stretches space along certain directions; its singular values s say how much along
     each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7 and
-    1.2, if it was not 0. This takes only matrix products (Newton-Schulz iteration).
+    1.2, if it was not tiny. This takes only matrix products (Newton-Schulz iteration).
 
     >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
     >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
@@ -723,9 +722,10 @@ def orthogonal(matrix):
         return orthogonal(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)                                           # no s is above 1
     for _ in range(5):
+        # addmm(a, b, c, beta=m, alpha=n) is m a + n b @ c, in one call
         gram = x @ x.T                                                            # (rows, rows)
-        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)           # powers 3 and 5
-        x = torch.addmm(x, both, x, beta=3.4445)                                  # + both @ x
+        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, both, x, beta=3.4445, alpha=1)
     return x
 
 class Muon(torch.optim.Optimizer):
@@ -741,14 +741,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                # a.lerp(b, w) is (1 - w) a + w b: a step from a towards b
                 mean.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(mean, group["momentum"])     # Nesterov: the mean one step later
+                ahead = p.grad.lerp(mean, group["momentum"])     # (Nesterov momentum)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 size = max(1, len(p) / p.shape[1]) ** 0.5        # a tall matrix takes longer steps
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
 def make_optimizers(model, config):
-    """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, head."""
+    """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, gains, head."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     decay = config.weight_decay
@@ -772,7 +773,7 @@ def lr_factor(step, done, config):
 def learn(model, optimizers, x, addresses, y, weight=1.0):
     """One optimizer step on one batch: the five lines that are all of deep learning.
 
-    weight: 1, unless several processes train together (Step 7-6). Returns the loss.
+    weight: 1, unless several processes train together (Step 7-5). Returns the loss.
     """
     loss = loss_of(model, x, addresses, y) * weight
     model.zero_grad(set_to_none=True)                 # forget the gradients of the last batch
@@ -783,7 +784,7 @@ def learn(model, optimizers, x, addresses, y, weight=1.0):
 
 def fit(model, optimizers, progress, out, report=None):
     """Train a model. Run (Step 7-5) does what is not learning: it ends the batches in time, shows
-    rows by `report`, and saves to `out` at every tenth of the run and at Ctrl-C.
+    rows by `report`, saves to `out` at every tenth and at Ctrl-C. (run.network is the model.)
     """
     with Run(model, optimizers, progress, out, report) as run:
         for x, addresses, y in run.batches():
@@ -801,7 +802,7 @@ def fit(model, optimizers, progress, out, report=None):
 #       1100  10% 0.3055   25,830  1.4    53%    29%    19%    15%    18%     20%
 #
 # It has the loss, how fast it goes, the minutes so far, and which part of 100 held-out problems of
-# each kind is answered right. The loss falls long before that, as every token must be right.
+# each kind is answered right. The loss falls first: for an answer, every token must be right.
 
 ######## Step 5-4: saving ##########################################################################
 
@@ -809,11 +810,11 @@ FORMAT = 5                              # of the file; counts up when its meanin
 
 def save_checkpoint(path, model, optimizers=(), progress=None):
     """Write all that is needed to ask the model, and to go on training it. Raises InputError."""
-    write_whole(path, {
+    write_whole(path, {                               # under another name first, then renamed
         "format": FORMAT, "vocabulary": VOCAB, "config": dataclasses.asdict(model.config),
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "progress": progress or new_progress()})      # beside it first, then renamed: Step 7-5
+        "progress": progress or new_progress()})
 
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
@@ -840,7 +841,7 @@ def generate(model, prompt, max_tokens=None):
     return ids
 
 # That computes the whole line again for every token. The next function writes the same for many
-# prompts at once and keeps the keys and values of earlier tokens. Each turn gives each row one
+# prompts at once and keeps the keys and values of earlier tokens. Each step gives each row one
 # token more: the next one of its prompt or, when the prompt is over, the likeliest one.
 
 @torch.inference_mode()
@@ -936,7 +937,7 @@ from fractions import Fraction                                                  
 import torch.distributed as dist                                                  # noqa: E402
 
 class InputError(ValueError):
-    """What a person gave cannot be used. The message is one sentence: what was wrong, what to do."""
+    """What a person gave cannot be used. The message says what was wrong, and what to do."""
 
 def watch(model, line):
     """What happened while a line was written: the line as the model reads it (T characters), the
@@ -953,12 +954,12 @@ def to_digits(weights):
     return "".join(str(min(9, int(10 * weight))) for weight in weights.tolist())
 
 def look(model, line, width=79):
-    """A picture of the head that looks most sharply: a row for each character that was written, a
-    column for each before it; the darker the sign, the larger the weight.
+    """A picture of the head that looks sharply at most places: a row for each character that was
+    written, a column for each before it; the darker the sign, the larger the weight.
     """
     text, weights, _ = watch(model, line)
     start = text.index("=")
-    sharpness = weights[:, :, start:].amax(-1).mean(-1)                           # (n_layer, H)
+    sharpness = weights[:, :, start:].amax(2).sum(-1)                             # (n_layer, H)
     layer, head = divmod(sharpness.argmax().item(), sharpness.shape[1])
     rows = [f"layer {layer + 1}, head {head + 1}; a weight of 0 to 1 is one of these: ' .:-=+*#%@'"]
     for left in range(0, len(text), width - 5):       # a long line is shown in blocks
@@ -983,8 +984,8 @@ WRITTEN = {"number": ("{}", "<mn>{}</mn>"), "letter": ("{}", "<mi>{}</mi>"),
            "unread": (r"\mathtt{{{}}}", "<mtext>{}</mtext>")}
 
 def typeset(text, language, is_problem=False):
-    """A stage as LaTeX or MathML. 1/2 is a fraction, 7/2 a division; 3+1/2 is a mixed number, but not
-    in a problem, where a person has written a sum.
+    """A stage as LaTeX or MathML. 1/2 is a fraction, 7/2 a division, 3+1/2 a mixed number (but not
+    in a problem: there a person has written a sum).
 
     >>> print(typeset("-3-1/2", LATEX), typeset("(36/9)*4", LATEX), typeset("2*7/23-x^2", LATEX))
     -3\\frac{1}{2} (36 \\div 9) \\times 4 \\frac{2 \\times 7}{23}-x^{2}
@@ -998,11 +999,12 @@ def typeset(text, language, is_problem=False):
         elif token == "^2" and made:
             name, parts = "square", [made.pop()]
         elif "/" in token and len(token) > 1:
-            name, parts = "fraction", [typeset(part.strip("()"), language) for part in token.split("/")]
+            sides_of_line = [part.strip("()") for part in token.split("/")]
+            name, parts = "fraction", [typeset(side, language) for side in sides_of_line]
             if not is_problem and re.search(r"(^|\()([1-9][0-9]*\+|-[1-9][0-9]*-)$", before):
                 made.pop()                            # 3+1/2 is printed without the +
         elif token not in WRITTEN:                    # a model may write nonsense
-            name, parts = "unread", [token.replace("^", r"\hat{\ }") if language == LATEX else token]
+            name, parts = "unread", [token if language == MATHML else r"\hat{\ }"]
         made.append(WRITTEN[name][language].format(*parts))
         before += token
     shown = "".join(made)
@@ -1023,7 +1025,8 @@ def to_latex(line):
 
 ######## Step 7-3: what a person types, and what is said about the answer ##########################
 
-LOOKALIKES = str.maketrans("\u00d7\u22c5\u00b7\u2217\u00f7\u2215\u2044:\u2212\u2010\u2011\u2013\u2014[{]}",
+LOOKALIKES = str.maketrans("\u00d7\u22c5\u00b7\u2217\u00f7\u2215\u2044:"
+                           "\u2212\u2010\u2011\u2013\u2014[{]}",
                            "****////-----(())", "\ufeff")
 
 def normalize(text):
@@ -1034,11 +1037,12 @@ def normalize(text):
     """
     text = text.replace("\u00b2", "^2").replace("**", "^")
     clean = unicodedata.normalize("NFKC", text.translate(LOOKALIKES)).translate(LOOKALIKES).lower()
-    unknown = [c for c in text if unicodedata.category(c) == "No"]               # one half, a raised 3
+    unknown = [c for c in text if unicodedata.category(c) == "No"]               # a raised 3
     unknown += [c for c in clean if c not in ID and c != "," and not c.isspace()]
     if unknown:
-        raise InputError(f"unknown character {ascii(unknown[0])} {unicodedata.name(unknown[0], '')}; "
-                         "write digits, + - * / ^2, brackets and the letters x and y")
+        name = unicodedata.name(unknown[0], "")
+        raise InputError(f"unknown character {ascii(unknown[0])} {name}; write digits, + - * / ^2, "
+                         "brackets and the letters x and y")
     if re.search(r"[0-9]\s+[0-9]", clean):
         raise InputError("there is a space inside a number; write it without, and 1 1/2 as 1+1/2")
     clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
@@ -1079,6 +1083,10 @@ def in_words(worth):
     """What a stage is worth, as text: {"x": 3, "": -2} is 3x-2."""
     if not isinstance(worth, dict):
         return str(worth)
+    if set(worth) == {""}:
+        whole, rest = divmod(abs(Fraction(worth[""])), 1)
+        minus = worth[""] < 0
+        return "-" * minus + "+-"[minus].join(str(part) for part in (whole, rest) if part)
     return join_terms((worth[letters], letters) for letters in MONOMIALS if letters in worth)
 
 def explain(line):
@@ -1088,14 +1096,17 @@ def explain(line):
     (['NOT TRUE: it should be 14', 'follows from that'], 'this is NOT the right answer')
     """
     problem, *stages = line.split("=")
+    right = in_words(KINDS[kind_of(problem)].worth(problem))
     words = []
     for before, stage in zip([problem, *stages], stages):
         if is_true(f"{problem}={stage}"):
             words.append("true")
         elif is_true(f"{before}={stage}"):            # after a slip, right but for the slip
             words.append("follows from that")
+        elif set(words) <= {"true"}:
+            words.append(f"NOT TRUE: it should be {right}")
         else:
-            words.append(f"NOT TRUE: it should be {in_words(KINDS[kind_of(problem)].worth(problem))}")
+            words.append("NOT TRUE: another slip")
     if check(line)[0]:
         return words, "the answer is right"
     if words[-1:] == ["true"]:
@@ -1123,16 +1134,15 @@ def show(line, config):
 # The same in a browser: a server from the standard library, and one page (PAGE, at the end of the
 # file) that loads nothing from anywhere else.
 
-EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)", "(x+2)(x-3)",
-            "1/2+1/3", "99999*99999")
+EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)",
+            "(x+2)(x-3)", "1/2+1/3", "99999*99999")
 
 def choose_examples(model):
-    """Problems for the page to offer: what the model gets right, and one thing that it gets wrong."""
+    """Problems for the page to offer: what the model gets right, and one that it gets wrong."""
     problems = [problem for problem in EXAMPLES if kind_of(problem) in model.config.kinds.split()]
-    lines = solve(model, problems, max_tokens=160)
-    right = [line.split("=")[0] for line in lines if check(line)[0]]
-    wrong = [line.split("=")[0] for line in lines if not check(line)[0]]
-    return {"right": right, "wrong": wrong[-1:]}
+    is_right = [check(line)[0] for line in solve(model, problems, max_tokens=160)]
+    wrong = [problem for problem, right in zip(problems, is_right) if not right]
+    return {"right": list(itertools.compress(problems, is_right)), "wrong": wrong[-1:]}
 
 def reply_to(model, text):
     """What the page shows for a problem, as a dict for JSON. Raises InputError."""
@@ -1146,7 +1156,8 @@ def reply_to(model, text):
     return {
         "problem": typeset(problem, MATHML, is_problem=True), "stages": list(zip(stages, words)),
         "right": check(line)[0], "sentence": sentence, "latex": to_latex(line),
-        "note": OUTSIDE if is_outside(problem, model.config) else "", "read": read, "start": start + 1,
+        "note": OUTSIDE if is_outside(problem, model.config) else "",
+        "read": read, "start": start + 1,
         # for each token that was written: a row for each head, a digit for each token before it
         "weights": [[to_digits(head[t, :t + 1]) for head in weights.flatten(0, 1)]
                     for t in range(start, len(read))],
@@ -1159,8 +1170,8 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"
            "connect-src 'self'; style-src 'nonce-NONCE'; script-src 'nonce-NONCE'"}
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET / is the page, POST /solve {"problem": text} answers in JSON; all else is refused. So is what
-    another page has sent (Origin), and what came by another name than ours (Host; "DNS rebinding").
+    """GET / is the page, POST /solve {"problem": text} answers in JSON; all else is refused. So is
+    what another page sent (Origin), or what came by another name than ours (Host; "DNS rebinding").
     """
     timeout = 10                                      # seconds that a client may stall
     server_version, sys_version = "tinyllm", ""
@@ -1230,7 +1241,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
-            raise InputError(f"cannot serve on --host {host}, --port {port} ({error}); give others") from error
+            raise InputError(f"cannot serve on --host {host} --port {port} ({error}); "
+                             "give another") from error
 
     def handle_error(self, request, client_address):
         pass                                          # a client that went away harms no other
@@ -1251,17 +1263,18 @@ def held_out_problems(kind, count, size=None, draw=None, seed=1):
     return list(found)
 
 def write_whole(path, state):
-    """Save beside `path` first, then rename, so that the file is always whole. Raises InputError."""
+    """Save beside `path`, then rename, so that the file is always whole. Raises InputError."""
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise InputError(f"the loss is no longer a number: {path} keeps the last good state; try a smaller --lr")
+        raise InputError(f"the weights are no longer numbers: {path} keeps the last good state; "
+                         "try a smaller --lr")
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(beside, "wb") as file:
             torch.save(state, file)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
-        raise InputError(f"cannot write {path} ({type(error).__name__}); give --out a file in a folder "
-                         "that exists and that you may write to") from error
+        raise InputError(f"cannot write {path} ({type(error).__name__}); give --out a file in a "
+                         "folder that exists and that you may write to") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(beside)
@@ -1280,7 +1293,7 @@ def read_whole(path):
         if is_ours:
             TinyLLM(Config(**state["config"])).load_state_dict(state["model"])
     except Exception as error:                        # a damaged file fails in a dozen ways
-        raise InputError(f"{path} is damaged or no checkpoint; give another, or train one") from error
+        raise InputError(f"{path} is damaged, or no checkpoint; train again") from error
     if not is_ours:
         raise InputError(f"{path} was written by another version of tinyllm; train again")
     return state
@@ -1290,7 +1303,7 @@ def show_live(text):
     if sys.stdout.isatty():
         print("\r" + text.ljust(60)[:os.get_terminal_size().columns - 1], end="\r", flush=True)
 
-RANK = int(os.environ.get("RANK", 0))                 # set by torchrun: which process this is, of how many
+RANK = int(os.environ.get("RANK", 0))                 # torchrun: which process this is, of how many
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 class Run:
@@ -1316,7 +1329,8 @@ class Run:
         if self.report:
             kinds = self.model.config.kinds.split()
             self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in kinds}
-            self.report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in kinds))
+            columns = "".join(f"{kind:>8}" for kind in kinds)
+            self.report("  step done   loss tokens/s  min" + columns)
         self.previous = signal.signal(signal.SIGINT, self.press)
         self.began = self.row_began = time.perf_counter()
         return self
@@ -1331,19 +1345,19 @@ class Run:
     def batches(self):
         stream = ProblemStream(self.model.config, self.progress, RANK, WORLD_SIZE)
         for batch in DataLoader(stream, batch_size=None):
-            if WORLD_SIZE > 1:                        # one clock and one decision for all
-                self.agree(batch[2])
+            if WORLD_SIZE > 1:
+                self.agree((batch[2] >= 0).sum().item())
             if self.pressed or part_done(self.progress, self.model.config) == 1:
                 break
             yield [tensor.to(self.model.head.weight.device) for tensor in batch]
 
-    def agree(self, y):
-        counted = (y >= 0).sum().item()
+    def agree(self, counted):
+        """One clock and one decision for all, and how much this batch weighs among theirs."""
         numbers = [self.progress["seconds"], float(self.pressed), counted]
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.model.head.weight.device)
         dist.all_reduce(sums)
         self.progress["seconds"], self.pressed = sums[0].item() / WORLD_SIZE, sums[1].item() > 0
-        self.weight = counted * WORLD_SIZE / sums[2].item()      # how much this batch weighs
+        self.weight = counted * WORLD_SIZE / sums[2].item()
 
     def note(self, loss, n_tokens):
         """Count a step; a hundredth of the run is a point of the loss curve, a tenth is a row."""
@@ -1355,13 +1369,14 @@ class Run:
         self.losses.append(loss)
         self.tokens += n_tokens
         if self.report and int(100 * done) > int(100 * before):
-            mean, speed = sum(self.losses) / len(self.losses), self.tokens / (time.perf_counter() - self.row_began)
-            progress["history"].append({"step": progress["step"], "seconds": progress["seconds"], "loss": mean})
-            self.losses = []
-            start = f"{progress['step']:6} {done:4.0%} {mean:6.4f} {speed:8,.0f}"
-            show_live(f"{start}  {progress['seconds'] * (1 - done) / done / 60:.1f} minutes left")
+            mean = sum(self.losses) / len(self.losses)
+            speed = self.tokens / (time.perf_counter() - self.row_began)
+            step, seconds, self.losses = progress["step"], progress["seconds"], []
+            progress["history"].append({"step": step, "seconds": seconds, "loss": mean})
+            start = f"{step:6} {done:4.0%} {mean:6.4f} {speed:8,.0f} {seconds / 60:4.1f}"
+            show_live(f"{start}  {seconds * (1 - done) / done / 60:.1f} minutes left")
             if int(10 * done) > int(10 * before):
-                self.row(f"{start} {progress['seconds'] / 60:4.1f}")
+                self.row(start)
                 save_checkpoint(self.out, self.model, self.optimizers, progress)
         self.began = time.perf_counter()              # measuring does not count as training
 
@@ -1405,9 +1420,10 @@ def check_config(config):
     if config.head_dim % 8 or config.flat >= 1:
         raise InputError("--head_dim must be a multiple of 8, and --flat below 1")
     rng = random.Random(0)
-    longest = max(len(solve_by_rules(draw_problem(kind, rng, False), config.working)) for kind in kinds for _ in range(200))
+    problems = [draw_problem(kind, rng, False) for kind in kinds for _ in range(200)]
+    longest = max(len(solve_by_rules(problem, config.working)) for problem in problems)
     if longest >= config.block_size:
-        raise InputError(f"--block_size {config.block_size} is too short for lines of {longest} characters")
+        raise InputError(f"--block_size {config.block_size} is too short for a line of {longest}")
 
 def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=False, force=False,
                   device="auto", **config):
@@ -1428,7 +1444,8 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     if resume:
         state = load_checkpoint(out)[1]
         if set(config) - {"steps"}:
-            raise InputError("--resume goes on with the run as it was: leave out all but --steps, --minutes")
+            raise InputError("--resume goes on with the run as it was; of its numbers only --steps "
+                             "and --minutes may be given")
         if "steps" not in config:
             minutes = minutes or state["progress"]["minutes"]
     config = Config(**{**state["config"], **config})
@@ -1440,7 +1457,8 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     if os.path.exists(out) and (not os.path.isfile(out) or os.path.islink(out)):
         raise InputError(f"--out {out} is no plain file; give it the name of a file")
     if os.path.exists(out) and not (resume or force or out == "quick.pt" or RANK > 0):
-        raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or another --out")
+        raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or another "
+                         "--out")
     torch.manual_seed(config.seed)
     model = TinyLLM(config).to(device)
     optimizers = make_optimizers(model, config)
@@ -1456,15 +1474,16 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
         show_answers(model)
     budget = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
     print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
-          f"{torch.get_num_threads()}, from step {progress['step']:,} to {budget}, seed {config.seed}, "
-          f"torch {torch.__version__}", flush=True)
+          f"{torch.get_num_threads()}, from step {progress['step']:,} to {budget}, seed "
+          f"{config.seed}, torch {torch.__version__}", flush=True)
     where = "" if out == "tinyllm.pt" else f" --{{}} {shlex.quote(out)}"
     try:
         fit(model, optimizers, progress, out, functools.partial(print, flush=True))
     except KeyboardInterrupt:
         resumed = "saved; go on with: python tinyllm.py train --resume" + where.format("out")
         raise KeyboardInterrupt(resumed) from None
-    print(f"Trained in {progress['seconds'] / 60:.1f} minutes, saved as {out}. Measuring ...", flush=True)
+    minutes = progress["seconds"] / 60
+    print(f"Trained in {minutes:.1f} minutes, saved as {out}. Measuring ...", flush=True)
     print_row()
     for kind in config.kinds.split():
         print_row(kind, evaluate(model, held_out_problems(kind, 500, seed=2)))
@@ -1472,7 +1491,8 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     show_answers(model)
     checkpoint = where.format("checkpoint")
     problem = "123+456" if config.kinds == "add" else "12*34"
-    print(f'Now try:\n    python tinyllm.py ask{checkpoint} "{problem}"\n    python tinyllm.py eval{checkpoint}')
+    print(f'Now try:\n    python tinyllm.py ask{checkpoint} "{problem}"\n'
+          f"    python tinyllm.py eval{checkpoint}")
 
 def show_answers(model):
     """Print one held-out problem of each kind, and what the model writes where the answer goes."""
@@ -1514,7 +1534,8 @@ def command_eval(checkpoint="tinyllm.pt", problems=1000, target: float = None, d
             print_row(f"{kind} {name}", evaluate(model, held_out_problems(kind, some, draw=draw)))
     for line in [line for result in results.values() for line in result["wrong"][:2]]:
         words, sentence = explain(line)
-        print(f"wrong: {line[:300]}\n       {next((said for said in words if said != 'true'), sentence)}")
+        first = next((said for said in words if said != "true"), sentence)
+        print(f"wrong: {line[:300]}\n       {first}")
     low = [kind for kind, r in results.items() if r["answers"] < (target or 0) * r["problems"]]
     if low:
         print(f"below the target of {target}: {', '.join(low)}")
@@ -1580,7 +1601,7 @@ def command_look(problem, checkpoint="tinyllm.pt", device="auto"):
     """
     model, _ = load_checkpoint(checkpoint, pick_device(device))
     line = solve(model, [prepare(problem, model)])[0]
-    print(f"{line}\nNumbers stand turned round, as the model reads and writes them.\n{look(model, line)}")
+    print(f"{line}\nNumbers stand turned round, as the model reads them.\n{look(model, line)}")
 
 def command_serve(checkpoint="tinyllm.pt", port=8000, host="127.0.0.1", device="auto"):
     """Serve a page for the browser.
@@ -1606,7 +1627,8 @@ def command_data(kind="", split="train", count=10, seed=0):
     seed: chooses the problems
     """
     if kind not in ("", *KINDS) or split not in ("train", "test") or count < 1:
-        raise InputError(f"--kind is one of {' '.join(KINDS)}, --split train or test, --count at least 1")
+        raise InputError(f"--kind must be one of: {' '.join(KINDS)}, --split train or test, "
+                         "--count at least 1")
     rng = random.Random(seed)
     for _ in range(count):
         print(solve_by_rules(draw_problem(kind or rng.choice(list(KINDS)), rng, split == "test")))
@@ -1614,38 +1636,43 @@ def command_data(kind="", split="train", count=10, seed=0):
 def has_fast_bfloat16(device):
     """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
     able = torch.cpu.get_capabilities()
-    return device == "cuda" or device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    fast_cpu = able.get("avx512_bf16") or able.get("amx_bf16")
+    return device == "cuda" or device == "cpu" and bool(fast_cpu)
 
 def pick_device(name):
-    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError for one not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-    if not there.get(name):
+    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    has_mps = torch.backends.mps.is_available()
+    if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": has_mps}.get(name):
         raise InputError(f"--device {name}: there is no such device here; use --device cpu")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))               # one for each process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # one for each process
     return name
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
 
+COMMANDS = {"train": command_train, "eval": command_eval, "ask": command_ask, "look": command_look,
+            "serve": command_serve, "data": command_data}
+
 def make_parser():
     """A command for each function, a flag for each parameter, help from docstrings and comments."""
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     config_help = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M)
-    for function in (command_train, command_eval, command_ask, command_look, command_serve, command_data):
+    for name, function in COMMANDS.items():
         about = inspect.getdoc(function)
-        sub = commands.add_parser(function.__name__.removeprefix("command_"), help=about.split("\n")[0])
+        sub = commands.add_parser(name, help=about.split("\n")[0])
         sub.set_defaults(function=function, positional=None)
         texts = {"device": "auto, cpu, cuda or mps", **dict(config_help),
                  **dict(re.findall(r"^(\w+): (.*)", about, re.M))}
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind == parameter.VAR_KEYWORD:          # **config: every field of Config
                 for field in dataclasses.fields(Config):
-                    add_flag(sub, field.name, field.type, argparse.SUPPRESS,
-                             f"{texts[field.name]} (default: {field.default})")
+                    text = f"{texts[field.name]} (default: {field.default})"
+                    add_flag(sub, field.name, field.type, argparse.SUPPRESS, text)
             elif parameter.kind == parameter.VAR_POSITIONAL or parameter.default is parameter.empty:
                 nargs = "*" if parameter.kind == parameter.VAR_POSITIONAL else 1
                 sub.add_argument(name, nargs=nargs, help=texts[name])
@@ -1665,7 +1692,7 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")          # what a console cannot show is a "?"
     argv = sys.argv[1:] if argv is None else argv
-    argv = [f" {text}" if re.match("-[0-9xy(]", text) else text for text in argv]        # -5+3 is no flag
+    argv = [re.sub("^(?=-[0-9xy(])", " ", text) for text in argv]    # -5+3 is a problem, no flag
     try:
         parser = make_parser()
         args = vars(parser.parse_args(argv))
@@ -1681,7 +1708,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         print(f"\ntinyllm: stopped; {stop}".rstrip("; "), file=sys.stderr)
         return 130
-    except BrokenPipeError:                           # the reader has gone, as in `ask --plain | head -1`
+    except BrokenPipeError:                           # the reader has gone, as `head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -1700,7 +1727,7 @@ class Reader:
     """
 
     def __init__(self, tokens, make, combine):
-        self.tokens, self.make, self.combine = tokens[::-1], make, combine       # the next one is last
+        self.tokens, self.make, self.combine = tokens[::-1], make, combine       # the next is last
         if sum(map(len, tokens)) > 400 or tokens.count("(") > 100:
             raise InputError("the problem is too long, or has too many brackets; write it in parts")
         self.value = self.sum()
@@ -1709,7 +1736,7 @@ class Reader:
 
     def missing(self, wanted):
         rest = "".join(self.tokens[::-1])
-        return f"{wanted} is missing before {rest[:40]}" if rest else f"{wanted} is missing at the end"
+        return f"{wanted} is missing " + (f"before {rest[:40]}" if rest else "at the end") + "; add it"
 
     def next_is(self, *tokens):
         return bool(self.tokens) and self.tokens[-1] in tokens
@@ -1727,7 +1754,7 @@ class Reader:
             if self.next_is("*", "/"):
                 sign = self.tokens.pop()
             elif sign == "/":
-                raise InputError("this can be read in two ways; write a * or brackets after the division")
+                raise InputError("this can be read in two ways; write a * after the division")
             value = self.combine(sign, value, self.item())
         return value
 
@@ -1744,40 +1771,34 @@ class Reader:
             value = self.combine(self.tokens.pop(), value, None)
         return value
 
-def has_letters(terms):
-    return any(letters for _, letters in terms)
-
 def combine_terms(sign, a, b):
-    """Two sums as lists of terms, 3x-2 as [(3, "x"), (-2, "")], combined; or one of them changed."""
-    if sign == "^2" and not has_letters(a):
-        raise InputError(SQUARE)
+    """Two sums, as lists of terms: 3x-2 is [(3, "x"), (-2, "")]. What they are combined to."""
     if sign == "^2":
+        if not any(letters for _, letters in a):
+            raise InputError(SQUARE)
         return combine_terms("*", a, a)
     if b is None:
         return [(-n, letters) for n, letters in a]
     if sign in ("+", "-"):
         return a + (b if sign == "+" else combine_terms("-", b, None))
-    if sign == "/" and (has_letters(a) or has_letters(b)):
-        raise InputError("letters cannot be divided here; write it without the division")
-    if sign == "/" and sum(n for n, _ in b) == 0:
-        raise InputError("a division by zero has no answer; change the divisor")
+    for terms in (a, b):                              # without letters a factor is one number
+        if not any(letters for _, letters in terms):
+            terms[:] = [(sum(n for n, _ in terms), "")]
     if sign == "/":
-        return [(Fraction(sum(n for n, _ in a)) / sum(n for n, _ in b), "")]
-    a, b = (terms if has_letters(terms) else [(sum(n for n, _ in terms), "")] for terms in (a, b))
+        if len(a) > 1 or len(b) > 1 or a[0][1] or b[0][1]:
+            raise InputError("letters cannot be divided here; write it without the division")
+        if b[0][0] == 0:
+            raise InputError("a division by zero has no answer; change the divisor")
+        return [(Fraction(a[0][0]) / b[0][0], "")]
     if max(len(some + more) for _, some in a for _, more in b) > 2:
         raise InputError("only products up to x^2, xy and y^2 are known; write fewer letters")
     return [(n * m, "".join(sorted(some + more))) for n, some in a for m, more in b]
 
-def make_term(token):
-    return [(1, token)] if token in "xy" else [(int(token), "")]
-
 def to_terms(text):
-    """Text -> terms, multiplied out, in the order in which they come. Raises InputError.
-
-    >>> to_terms("3(2x-1)-7")
-    [(6, 'x'), (-3, ''), (-7, '')]
-    """
-    return Reader(re.findall(TOKEN, text), make_term, combine_terms).value
+    """Text -> terms, multiplied out: 3(2x-1) is [(6, "x"), (-3, "")]. Raises InputError."""
+    def make(token):
+        return [(1, token)] if token in "xy" else [(int(token), "")]
+    return Reader(re.findall(TOKEN, text), make, combine_terms).value
 
 def exact_value(text):
     """What a text is worth, for all x and y: letters -> their number. Raises InputError.
@@ -1791,11 +1812,7 @@ def exact_value(text):
     return {letters: n for letters, n in total.items() if n}
 
 def is_true(line):
-    """Are all stages of a line worth what its problem is worth? What cannot be read is not true.
-
-    >>> is_true("10/4=2+2/4=2+1/2"), is_true("10/4=2+2/4=3"), is_true("2(x+1)-2x=2x+2-2x=2")
-    (True, False, True)
-    """
+    """Are all stages of a line worth what its problem is worth? What cannot be read is not true."""
     problem, *stages = line.split("=")
     kind = KINDS[kind_of(problem)]
     try:
@@ -1804,13 +1821,11 @@ def is_true(line):
         return False
 
 def is_simple(text):
-    """Is this an answer: a number, a fraction below 1 or a mixed number in lowest terms, or a sum of
-    unlike terms in the usual order?
+    """Is this an answer: a number, a fraction below 1 or a mixed number in lowest terms, or a sum
+    of unlike terms in the usual order?
 
-    >>> [is_simple(text) for text in ("-17", "3+1/2", "-3-1/2", "x^2-x-6", "2x+3")]
-    [True, True, True, True, True]
-    >>> [is_simple(text) for text in ("3-1/2", "2/4", "5/2", "007", "-0", "1x", "x+0", "3-x", "")]
-    [False, False, False, False, False, False, False, False, False]
+    >>> [is_simple(text) for text in ("-17", "3+1/2", "2/4", "x^2-x", "1x+0")]
+    [True, True, False, True, False]
     """
     number = "[1-9][0-9]*"
     fraction = re.fullmatch(rf"(?:-?|{number}\+|-{number}-)({number})/({number})", text)
@@ -1839,9 +1854,6 @@ class Part:
 def plain(n, is_written=False):
     """A number as a Part. is_written: it stands there already, so it can be worked with."""
     return Part(str(n), number=n if is_written else None, minus=len(str(n)) if n < 0 else 0)
-
-def make_part(token):
-    return plain(int(token), True) if token.isdigit() else Part(simplify(token), 2)
 
 def combine_parts(sign, a, b):
     """The operation done, if both sides are plain numbers; else written again."""
@@ -1888,10 +1900,8 @@ def split_places(n):
     return [int(d) * 10 ** (len(str(n)) - 1 - i) for i, d in enumerate(str(n)) if d != "0"]
 
 def multiply(a, b):
-    """One digit times two, with zeros behind or not, is done at once; the rest is split by place.
-
-    >>> [multiply(*pair) for pair in ((45, 20), (345, 20), (345, 27), (2345, 7), (345, 10))]
-    [['900'], ['6000', '900'], ['345*20', '345*7'], ['14000', '(2100+315)'], ['3450']]
+    """The summands of a product. One digit times two, with zeros behind or not, is done at once;
+    the rest is split by place: 345*27 is 345*20+345*7, and 345*20 is 6000+900.
     """
     few, many = sorted((split_places(a), split_places(b)), key=len)
     if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
@@ -1904,11 +1914,8 @@ def multiply(a, b):
     return [f"{a}*{part}" for part in split_places(b)]
 
 def divide(a, b):
-    """Take off a multiple of the divisor: a digit and zeros behind it, sure to fit. (From 11 on nobody
-    knows the tables: a pupil rounds the divisor up, 23 to 25, and divides by that.)
-
-    >>> [divide(*pair) for pair in ((56, 7), (1831, 23), (23, 23), (0, 7), (12, 18))]
-    [['8', '(56-56)/7'], ['70', '(1831-1610)/23'], ['1'], [], ['2*2*3/(2*3*3)']]
+    """The summands of a quotient. A multiple of the divisor is taken off, a digit with zeros:
+    1831/23 is 70+(1831-1610)/23. (From 11 on nobody knows the tables: a pupil takes 25 for 23.)
     """
     if a < b:
         return [simplify(f"{a}/{b}")] if a else []
@@ -1921,14 +1928,10 @@ def divide(a, b):
     return [str(taken), f"({a}-{taken * b})/{b}"]
 
 FACTORS = r"[0-9]+(?:\*[0-9]+)*"
-FRACTION = rf"(?<![0-9*/)]){FACTORS}/(?:[0-9]+|\({FACTORS}\))(?![0-9*/(])"       # 3/7, 2*2*3/(2*3*3)
+FRACTION = rf"(?<![0-9*/)]){FACTORS}/(?:[0-9]+|\({FACTORS}\))(?![0-9*/(])"       # 3/7, 2*3/(3*3)
 
 def sides(text):
-    """The factors above and below the line of a fraction below 1; None for all else, such as 7/2.
-
-    >>> sides("2*2/(2*3)"), sides("7/2")
-    (([2, 2], [2, 3]), None)
-    """
+    """The factors above and below the line of a fraction below 1; None for all else, as 7/2."""
     if not re.fullmatch(FRACTION, text):
         return None
     above, below = ([int(n) for n in re.findall("[0-9]+", side)] for side in text.split("/"))
@@ -1940,10 +1943,8 @@ def prime_factors(n):
     return [p, *prime_factors(n // p)] if p else []
 
 def simplify(fraction):
-    """Take a fraction apart into primes, or cancel one that is above and below, or multiply out.
-
-    >>> simplify("12/18"), simplify("2*2*3/(2*3*3)"), simplify("2*2/7")
-    ('2*2*3/(2*3*3)', '2*3/(3*3)', '4/7')
+    """Take a fraction apart into primes, or cancel one that is above and below, or multiply out:
+    12/18 is 2*2*3/(2*3*3) is 2*3/(3*3) is 2/3.
     """
     above, below = sides(fraction)
     common = [p for p in above if p in below]
@@ -1971,7 +1972,9 @@ def rewrite(text):
     >>> rewrite("(12+3)*4-6-15/18"), rewrite("15*4-6-3*5/(2*3*3)")
     ('15*4-6-3*5/(2*3*3)', '60-6-5/(2*3)')
     """
-    return Reader(split_tokens(text), make_part, combine_parts).value.text
+    def make(token):
+        return plain(int(token), True) if token.isdigit() else Part(simplify(token), 2)
+    return Reader(split_tokens(text), make, combine_parts).value.text
 
 MONOMIALS = ("xx", "xy", "yy", "x", "y", "")          # in the order in which an answer has them
 
@@ -1982,11 +1985,8 @@ def join_terms(terms):
     return re.sub("(?<=[+-])1(?=[xy])", "", text).removeprefix("+") or "0"
 
 def rewrite_letters(text):
-    """The next stage with letters: multiply out, or sort, or add what is alike; the first that changes
-    anything. Of terms that are alike the first two are added: 5x-5x+2x is 0x+2x. A lone 0x goes.
-
-    >>> rewrite_letters("3(2x-1)-2(x+4)"), rewrite_letters("6x-3-2x-8"), rewrite_letters("6x-2x-3-8")
-    ('6x-3-2x-8', '6x-2x-3-8', '4x-11')
+    """The next stage with letters: multiply out, or sort, or add what is alike; the first that
+    changes anything. Of terms that are alike two are added: 5x-5x+2x is 0x+2x. A lone 0x goes.
     """
     terms = to_terms(text)
     in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
@@ -2061,7 +2061,8 @@ def is_expression(problem):
     line = solve_by_rules(problem)
     return len(line) <= 160 and re.search("=-?[0-9]+$", line) is not None
 
-def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2), negative=0.04):
+def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2),
+                    negative=0.04):
     """2 to `top` operators, the most of so many draws, and `more`."""
     while True:
         n = max(rng.randint(2, top) for _ in range(draws)) + more
@@ -2106,14 +2107,14 @@ def draw_brackets(rng, top, hard):
     """3(2x-1)-2(x+4)-(x-2)+7"""
     n_brackets = rng.randint(1, 3)
     factors = ["", *"23456789"] + ["", ""] * hard
-    parts = [rng.choice("++-") + rng.choice(factors) + draw_bracket(rng, hard) for _ in range(n_brackets)]
+    parts = [rng.choice("++-") + rng.choice(factors) + draw_bracket(rng, hard)
+             for _ in range(n_brackets)]
     if n_brackets < 3 and rng.random() < 0.3:
         n, letters = draw_term(rng, rng.choice(("x", "y", "")))
         parts.insert(rng.randint(0, n_brackets), "-+"[n > 0] + join_terms([(abs(n), letters)]))
     return "".join(parts).removeprefix("+")
 
 def draw_two_brackets(rng, top, hard):
-    """(x+2)(x-3), (2x-1)^2"""
     return draw_bracket(rng, hard) + ("^2" if rng.random() < 0.3 else draw_bracket(rng, hard))
 
 def draw_algebra(rng, top, hard=False):
@@ -2158,9 +2159,9 @@ def draw_fraction(rng, top):
     return f"{rng.randrange(1, b) * common}/{b * common}"
 
 def draw_shape(shapes, rng, top):
-    """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C two
-    digits; m up to `top` digits; M four, if `top` allows; R with zeros behind; T 11 to 19; v, w x
-    and y, or y and x; s, t a sign.
+    """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C
+    two digits; m up to `top` digits; M four, if `top` allows; R a round one; T 11 to 19; v, w the
+    letters x and y; s, t a sign.
     """
     values = dict(zip("vw", rng.sample("xy", 2)))
     values.update((letter, rng.choice("+-")) for letter in "st")
@@ -2176,9 +2177,10 @@ PRACTICE = (                                          # kind, name, share, shape
     ("mul", "round", 0.2, "R*m m*R R*A A*R"),
     ("div", "small", 0.24, "A/a A/T m/T Aa/B cd/T"),
     ("algebra", "large numbers", 0.09, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
-    ("algebra", "factors", 0.09, "v(vsc) -v(vsc) v(wsc) v(avsd) v(vsc)tw(wsd) A(vsc) -A(vsc) A(avsd)"
-                                 " A(vsc)tB(wsd) av(vsc) av(bwsd) v(vsB)"),
-    ("algebra", "squares", 0.05, "(v+c)(v-c) (v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v) (vsA)^2"),
+    ("algebra", "factors", 0.09, "v(vsc) -v(vsc) v(wsc) v(avsd) v(vsc)tw(wsd) A(vsc) -A(vsc) "
+                                 "A(avsd) A(vsc)tB(wsd) av(vsc) av(bwsd) v(vsB)"),
+    ("algebra", "squares", 0.05, "(v+c)(v-c) (v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v) "
+                                 "(vsA)^2"),
     ("algebra", "single terms", 0.05, "av-(-bv) av+(-bv) -av-(-bw) (av)^2 av*bw av*bv a*bv av*b"))
 for name, shape, share, shapes in PRACTICE:
     KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
@@ -2192,7 +2194,8 @@ def is_drawn(problem):
     lengths = [len(n) for n in re.findall("[0-9]+", problem)]
     if "/" in problem and lengths[1] > 2:
         return False
-    return max(lengths) <= kind.sizes[-1] or "*" in problem and max(lengths) <= 4 and min(lengths) <= 2
+    is_long = "*" in problem and max(lengths) <= 4 and min(lengths) <= 2         # 4 x 2
+    return max(lengths) <= kind.sizes[-1] or is_long
 
 for name in ("add", "sub", "mul", "div"):
     KINDS[name].practice["signs"] = 0.16, functools.partial(draw_signed, KINDS[name].draw)
@@ -2210,142 +2213,113 @@ PAGE = r"""<!doctype html>
   --soft: light-dark(#5c5c63, #a5a7ae); --line: light-dark(#d8d5cc, #3a3c42); --accent: light-dark(#0b57a4, #86b9f5);
   --good: light-dark(#17652a, #7fd193); --bad: light-dark(#a8161b, #ff9a94); --look: light-dark(#8a4b00, #ffb347); }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 48rem; font: 1.05rem/1.45 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 1.2rem 0 .3rem; } p { margin: .3rem 0; }
-.soft, figcaption { color: var(--soft); font-size: .93rem; }
-form, .few { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0; }
-input, button { font: inherit; color: inherit; background: none; border: 1px solid var(--soft); border-radius: .4rem;
-  padding: .35rem .7rem; min-height: 2.2rem; }
-input { flex: 1; min-width: 0; font-size: 1.25rem; } button { cursor: pointer; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
-#answer { font-size: 1.9rem; } .waiting { opacity: .4; }
-.scroll { overflow-x: auto; } td { padding: .15rem .35rem; white-space: nowrap; vertical-align: baseline; }
-.true { color: var(--good); } .follows { color: var(--soft); } .false { color: var(--bad); font-weight: 700; }
-#tokens { font: 1.15rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem;
-  text-align: center; padding: .3rem 0; border-bottom: 2px solid transparent; }
-#tokens .written { cursor: pointer; border-color: var(--line); } #tokens .chosen { outline: 2px solid var(--accent); }
-meter { width: 9rem; } #grid { font: .8rem ui-monospace, monospace; color: var(--soft); }
-#grid div { display: flex; } #grid i { flex: none; width: 1.5rem; height: .8rem; border: 1px solid var(--line); }
-#grid b { flex: none; width: 5.5rem; font-weight: 400; position: sticky; left: 0; background: var(--paper); }
+body { margin: 0 auto; padding: 1rem; max-width: 50rem; font: 1rem/1.4 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.1rem; margin: .8rem 0 .2rem; } p, figure { margin: .2rem 0; } .scroll { overflow-x: auto; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; } .true { color: var(--good); }
+.false { color: var(--bad); font-weight: 700; } .waiting { opacity: .4; } #answer { font-size: 1.7rem; }
+form, .few { display: flex; flex-wrap: wrap; gap: .4rem; margin: .5rem 0; } input { flex: 1; min-width: 0; }
+input, button { font: inherit; color: inherit; background: none; border: 1px solid var(--soft); padding: .3rem .6rem; }
+button, .written { cursor: pointer; } :focus-visible, .chosen { outline: 2px solid var(--accent); }
+td { padding: .1rem .3rem; white-space: nowrap; }
+@media (max-width: 40rem) { tr { display: block; } td { display: inline-block; } td:last-child { display: block; } }
+#tokens { font: 1.1rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem; padding: .2rem 0;
+  text-align: center; } #tokens .written { border-bottom: 2px solid var(--soft); }
+#grid { font: .75rem ui-monospace, monospace; color: var(--soft); } #grid div { display: flex; }
+#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px solid var(--line); }
+#grid b { flex: none; width: 4.2rem; font-weight: 400; position: sticky; left: 0; background: var(--paper); }
 #grid .sharp b { color: var(--look); font-weight: 700; }
 svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
 </style>
 <h1>tinyllm</h1>
 <p class="soft">A small language model that learned school arithmetic from examples. It writes one character after
-another; no calculator helps it. Each step is checked afterwards, exactly, and the check says so.</p>
+another, and no calculator helps it. The check of each step is made afterwards.</p>
 <form id="form"><input id="problem" aria-label="Problem" autocomplete="off" autocapitalize="off" spellcheck="false"
   maxlength="400" autofocus><button id="ask">Ask</button></form>
 <div class="few" id="examples"></div>
 <p id="message" role="alert" class="false"></p>
 <main id="result" hidden aria-live="polite">
-  <p id="answer" class="scroll"></p>
+  <div id="answer" class="scroll"></div>
   <p><span id="sentence"></span> <span id="note" class="soft"></span></p>
   <div class="scroll" tabindex="0" role="region" aria-label="Working"><table id="working"></table></div>
   <h2>How it wrote this</h2>
-  <p class="soft">These are its tokens in the order in which it reads and writes them: numbers from the ones. Choose one
-    that it wrote, or step with the arrow keys.</p>
-  <p id="tokens" tabindex="0" role="group" aria-label="Tokens"></p>
-  <div id="next" role="status"></div>
-  <p class="soft">Where each head looked when it wrote this token: the darker, the more. Point at a row to see it above.</p>
+  <p class="soft">Choose a token that it wrote (numbers from the ones), or step with the arrow keys: below are the likeliest
+    there, and where each head looked. Heads that looked at one place stand out. Point at a row to see it above.</p>
+  <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div>
+  <div id="next" class="few" role="status"></div>
   <div class="scroll" id="grid" tabindex="0" role="region" aria-label="Heads"></div>
   <p><button id="copy" type="button">Copy as LaTeX</button></p>
 </main>
-<h2>How it learned</h2>
-<div id="learned"></div>
+<h2>How it learned</h2><div id="learned"></div>
 <script nonce="NONCE">
 "use strict";
 const data = DATA, $ = id => document.getElementById(id);
+const address = () => new URLSearchParams(location.search).get("q");
 const names = {add: "sums", sub: "differences", mul: "products", div: "quotients", expr: "brackets", algebra: "letters"};
 let reply, chosen, asked = 0;
 
 function add(parent, tag, text, properties = {}) {
-  const element = Object.assign(document.createElement(tag), properties);
-  if (text !== undefined) element.textContent = text;
+  const element = Object.assign(document.createElement(tag), {textContent: text}, properties);
   parent.append(element);
   return element;
 }
-
-function mathml(parent, content) {
-  add(parent, "span").innerHTML = `<math displaystyle="true">${content}</math>`;
-}
+const math = content => ({innerHTML: `<math displaystyle="true">${content}</math>`});
+const paint = (element, digit) => element.style.background = `color-mix(in srgb, var(--look) ${9 * digit}%, transparent)`;
 
 async function ask(problem, remember = true) {
   const turn = ++asked;
   $("problem").value = problem;
-  $("result").classList.add("waiting");
   $("ask").textContent = "It writes ...";
-  let found, error = "";
-  try {
-    const answer = await fetch("/solve", {method: "POST", body: JSON.stringify({problem})});
-    found = await answer.json();
-    error = found.error || "";
-  } catch { error = "The server does not answer; start it again: python tinyllm.py serve"; }
+  $("result").className = "waiting";
+  let found = {error: "The server does not answer; start it again: python tinyllm.py serve"};
+  try { found = await (await fetch("/solve", {method: "POST", body: JSON.stringify({problem})})).json(); } catch {}
   if (turn !== asked) return;                          // a later question has been asked
   $("ask").textContent = "Ask";
-  $("result").classList.remove("waiting");
-  $("message").textContent = error;
-  $("result").hidden = error !== "";
-  if (remember && new URLSearchParams(location.search).get("q") !== problem)
-    history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
-  document.title = problem + " - tinyllm";
-  if (!error) show(reply = found);
+  $("message").textContent = found.error || "";
+  Object.assign($("result"), {className: "", hidden: "error" in found});
+  if (remember && problem !== address()) history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
+  document.title = `${problem} - tinyllm`;
+  if (!found.error) show(reply = found);
 }
 
 function show({problem, stages, sentence, right, note, read, start}) {
   for (const id of ["answer", "working", "tokens"]) $(id).replaceChildren();
-  mathml($("answer"), problem + "<mo>=</mo>" + (stages.length ? stages.at(-1).mathml : ""));
-  $("sentence").textContent = `Check: ${sentence}.`;
-  $("sentence").className = right;
+  add($("answer"), "span", "", math(`${problem}<mo>=</mo>${stages.length ? stages.at(-1)[0] : ""}`));
+  Object.assign($("sentence"), {textContent: `Check: ${sentence}.`, className: right});
   $("note").textContent = note && `Note: ${note}.`;
-  stages.forEach((stage, i) => {
+  stages.forEach(([stage, check], i) => {
     const row = $("working").insertRow();
-    mathml(row.insertCell(), i ? "" : problem);
-    add(row, "td", "=");
-    mathml(row.insertCell(), stage.mathml);
-    add(row, "td", stage.check, {className: {t: "true", f: "follows"}[stage.check[0]] || "false"});
+    for (const content of [i ? "" : problem, "<mo>=</mo>", stage]) add(row, "td", "", math(content));
+    add(row, "td", check, {className: {t: "true", f: "soft"}[check[0]] || "false"});
   });
-  [...read, "end"].forEach((token, t) => {
-    const span = add($("tokens"), "span", token);
-    if (t >= start) Object.assign(span, {className: "written", onclick: () => choose(t)});
-  });
+  [...read, "end"].forEach((token, t) =>
+    add($("tokens"), "span", token, t < start ? {} : {className: "written", onclick: () => choose(t)}));
   choose(start);
 }
 
 function choose(t) {
-  chosen = t;
-  const i = t - reply.start, spans = [...$("tokens").children];
-  spans.forEach((span, s) => span.classList.toggle("chosen", s === t));
-  $("next").replaceChildren();
-  for (const [token, p] of reply.next[i]) {
-    const row = add($("next"), "div");
-    add(row, "meter", "", {value: p});
-    add(row, "span", ` ${token}  ${(100 * p).toFixed(1)}%`);
-  }
-  $("grid").replaceChildren();
+  const i = (chosen = t) - reply.start, spans = [...$("tokens").children];
+  spans.forEach((span, s) => { span.classList.toggle("chosen", s === t); paint(span, 0); });
+  for (const id of ["next", "grid"]) $(id).replaceChildren();
+  for (const [token, p] of reply.next[i])
+    add(add($("next"), "label", `${token} ${(100 * p).toFixed(1)}% `), "meter", "", {value: p});
   reply.weights[i].forEach((digits, n) => {
-    const row = add($("grid"), "div", undefined, {className: /[89]/.test(digits) ? "sharp" : ""});
-    add(row, "b", `layer ${Math.floor(n / data.heads) + 1}.${n % data.heads + 1}`);
-    for (const digit of digits) paint(add(row, "i"), digit);
+    const row = add($("grid"), "div", "", {className: /[89]/.test(digits) ? "sharp" : ""});
+    add(row, "b", `head ${Math.floor(n / data.heads) + 1}.${n % data.heads + 1}`);
+    for (const digit of digits) paint(add(row, "i", ""), digit);
     row.onmouseenter = row.onclick = () => spans.forEach((span, s) => paint(span, digits[s] || 0));
-    row.onmouseleave = () => spans.forEach(span => paint(span, 0));
   });
-}
-
-function paint(element, digit) {
-  element.style.background = `color-mix(in srgb, var(--look) ${digit * 8}%, transparent)`;
 }
 
 function chart(title, top, series) {                   // series: name -> points [minutes, 0 to top]
-  const figure = add($("learned"), "figure"), all = Object.values(series).flat();
-  const width = Math.max(...all.map(([x]) => x)) || 1;
-  const lines = Object.entries(series).map(([name, points]) => {
-    const at = points.map(([x, y]) => `${40 + 440 * x / width},${170 - 160 * y / top}`);
-    return `<polyline points="${at.join(" ")}"/><text x="486" y="${at.at(-1).split(",")[1]}">${name}</text>`;
+  const width = Math.max(...Object.values(series).flat().map(([x]) => x)) || 1;
+  const lines = Object.entries(series).map(([name, points], i) => {
+    const at = points.map(([x, y]) => `${40 + 420 * x / width},${170 - 160 * y / top}`), y = 16 + 22 * i;
+    const dashes = i ? `${2 * i} 3` : "none", line = at => `<polyline points="${at}" stroke-dasharray="${dashes}"/>`;
+    return line(at.join(" ")) + line(`474,${y} 510,${y}`) + `<text x="516" y="${y + 4}">${name}</text>`;
   });
-  add(figure, "figcaption", title);
-  add(figure, "div").innerHTML = `<svg viewBox="0 0 600 190">${lines.join("")}<text x="4" y="16">${top}</text>
-    <text x="4" y="170">0</text><text x="440" y="188">${width.toFixed(1)} minutes</text></svg>`;
+  add($("learned"), "figure", "", {innerHTML: `<figcaption>${title}</figcaption><svg viewBox="0 0 620 190">${lines.join("")}
+    <text x="4" y="16">${top}</text><text x="4" y="172">0</text><text x="390" y="188">${width.toFixed(1)} minutes</text></svg>`});
 }
 
 $("form").onsubmit = event => { event.preventDefault(); ask($("problem").value); };
@@ -2354,17 +2328,16 @@ $("tokens").onkeydown = event => {
   const t = chosen + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0);
   if (t !== chosen && t >= reply.start && t <= reply.read.length) { event.preventDefault(); choose(t); }
 };
-for (const {problem, fails} of data.examples)
-  add($("examples"), "button", problem + (fails ? " (it fails here)" : ""), {onclick: () => ask(problem)});
+for (const problem of [...data.right, ...data.wrong])
+  add($("examples"), "button", problem, {onclick: () => ask(problem)});
+for (const problem of data.wrong) $("examples").lastChild.textContent = `${problem} (it fails here)`;
 const minutes = point => point.seconds / 60, rows = data.history.filter(point => point.right);
-if (data.history.length) chart("Loss, in nats", 1, {loss: data.history.map(p => [minutes(p), Math.min(1, p.loss)])});
-if (rows.length) chart("Held-out answers right, in %", 100, Object.fromEntries(Object.keys(rows[0].right).map(
-  kind => [names[kind] || kind, rows.map(p => [minutes(p), 100 * p.right[kind]])])));
-window.onpopstate = () => {
-  const problem = new URLSearchParams(location.search).get("q");
-  if (problem) ask(problem, false); else $("result").hidden = true;
-};
-window.onpopstate();
+if (rows.length) {
+  chart("Loss, in nats", 1, {loss: data.history.map(point => [minutes(point), Math.min(1, point.loss)])});
+  chart("Held-out answers right, in %", 100, Object.fromEntries(Object.keys(rows[0].right).map(
+    kind => [names[kind] || kind, rows.map(point => [minutes(point), 100 * point.right[kind]])])));
+}
+(window.onpopstate = () => address() ? ask(address(), false) : $("result").hidden = true)();
 </script>
 </html>
 """

@@ -40,7 +40,6 @@ slow = pytest.mark.skipif(not SLOW, reason="set TINYLLM_SLOW=1 to run the long t
 SMALL = dict(n_layer=2, n_head=2, head_dim=24, n_embd=32, block_size=128)
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_tokens", "128"]
 
-
 def small_model(**changes):
     """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide
     mistakes."""
@@ -50,19 +49,16 @@ def small_model(**changes):
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
-
 def lines(kind, count, seed=0):
     """Lines as they are drawn, in turn from the training's side and from the other."""
     rng = random.Random(seed)
     problems = [tinyllm.draw_problem(kind, rng, held_out=i % 2 == 0) for i in range(count)]
     return [tinyllm.solve_by_rules(problem) for problem in problems]
 
-
 def batches(config, count, step=0):
     """The first batches of a run, or those from a later step on."""
     stream = iter(tinyllm.ProblemStream(config, {**tinyllm.new_progress(), "step": step}))
     return [next(stream) for _ in range(count)]
-
 
 def train(config, path, progress=None, model=None, optimizers=None):
     """A run without its rows: a new one, or one that goes on."""
@@ -72,14 +68,12 @@ def train(config, path, progress=None, model=None, optimizers=None):
     tinyllm.fit(model, optimizers, progress or tinyllm.new_progress(), str(path), lambda text: None)
     return model
 
-
 def command(*args, stdin="", **environment):
     """Run the program as a person does, in a folder of its own: exit status, stdout, stderr."""
     done = subprocess.run([sys.executable, str(HERE / "tinyllm.py"), *map(str, args)], timeout=120,
                           input=stdin.encode("utf-8"), capture_output=True, cwd=os.environ["TEST_FOLDER"],
                           env={**os.environ, **environment})
     return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
-
 
 @pytest.fixture(scope="session", autouse=True)
 def folder(tmp_path_factory):
@@ -89,7 +83,6 @@ def folder(tmp_path_factory):
     os.chdir(os.environ["TEST_FOLDER"])
     yield
     os.chdir(before)
-
 
 ######## The file ########
 
@@ -101,15 +94,12 @@ def test_the_file_can_be_read():
     assert end <= TUTORIAL_LINES and len(rows) <= ALL_LINES
     assert [row for row in code if len(row) > 100] == []
 
-
 TUTORIAL_LINES, ALL_LINES = 920, 2400
-
 
 def test_every_example_in_the_file_is_true():
     """Documentation that is run cannot be wrong: all doctests, Step 1's five facts among them."""
     result = doctest.testmod(tinyllm)
     assert result.attempted > 40 and result.failed == 0
-
 
 def test_numpy_shares_memory():
     """Fact 2, where NumPy is installed: neither way of turning one into the other copies anything."""
@@ -119,7 +109,6 @@ def test_numpy_shares_memory():
     array += 1
     assert tensor.tolist() == torch.from_numpy(array).tolist() == numpy.array([2.0, 2.0]).tolist()
 
-
 ######## Step 3: the model ########
 
 @pytest.mark.parametrize("ones_first", [True, False])
@@ -128,13 +117,11 @@ def test_tokenizer_round_trip(ones_first):
     for line in (line for kind in tinyllm.KINDS for line in lines(kind, 200)):
         assert decode(encode(line, ones_first), ones_first) == line
 
-
 def test_numbers_are_read_from_the_ones_place():
     """The tokens of 408 are 8, 0, 4, those of 48x^2 are 2, ^, x, 8, 4; signs stay where they are."""
     assert [tinyllm.VOCAB[i] for i in encode("-408*(12-7)")] == list("-804*(21-7)")
     assert [tinyllm.VOCAB[i] for i in encode("3(48x^2-xy+12)")] == list("3(2^x84-yx+21)")
     assert encode("408", ones_first=False) == encode("804")
-
 
 def test_addresses_know_no_future():
     """An address depends on what stands before it alone, and no two tokens of a line share one."""
@@ -142,7 +129,6 @@ def test_addresses_know_no_future():
         addresses = tinyllm.find_addresses(encode(line))
         assert addresses[:10] == tinyllm.find_addresses(encode(line)[:9])[:len(addresses)]
         assert len({address[1:] for address in addresses}) == len(line) + 1
-
 
 def test_places_have_gaps_in_training():
     """Each line numbers its places in its own way: equal ones stay equal, higher ones higher; a part
@@ -155,7 +141,6 @@ def test_places_have_gaps_in_training():
     assert 0.33 < sum(row[5:] == [1, 2, 3, 4, 5, 6] for row in new) / 3000 < 0.45
     assert tinyllm.with_gaps(addresses, 1, rng) == addresses
 
-
 def test_rope_depends_on_distance_alone():
     """Moving query and key by the same number of columns does not change how well they agree."""
     torch.manual_seed(0)
@@ -167,7 +152,6 @@ def test_rope_depends_on_distance_alone():
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4)
     assert not torch.allclose(scores[0, 0], scores[0, 7], atol=1e-2)
 
-
 def test_attention_is_pytorchs():
     """The formula of Step 3-3, which the model runs, is PyTorch's; for one cached token as well."""
     q, k, v = torch.randn(3, 2, 4, 9, 16)
@@ -176,7 +160,6 @@ def test_attention_is_pytorchs():
     assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 9)) and weights.triu(1).max() == 0
     last = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
     assert torch.allclose(tinyllm.attention(q[:, :, -1:], k, v)[0], last, atol=1e-5)
-
 
 @pytest.mark.parametrize("place", [True, False])
 def test_causality(place):
@@ -189,14 +172,12 @@ def test_causality(place):
     assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5)
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
 
-
 ######## Step 4: the data ########
 
 def to_fraction(stage):
     """The exact value by Python's own parser: a second opinion."""
     assert re.fullmatch("[-+*/()0-9]+", stage)
     return eval(re.sub("([0-9]+)", r"Fraction(\1)", stage), {"Fraction": Fraction})
-
 
 class Polynomial(dict):
     """Letters -> factor, {"xx": 1, "": -4} for x^2-4; just enough arithmetic for a second opinion."""
@@ -219,14 +200,12 @@ class Polynomial(dict):
     def __pow__(self, exponent):
         return self * self
 
-
 def to_polynomial(stage):
     """The exact polynomial by Python's own parser."""
     python = re.sub(r"(?<=[0-9xy)])(?=[xy(])", "*", stage.replace("^2", "**2").replace("2(", "2*("))
     python = re.sub(r"(?<!\*\*)(?<![0-9])([0-9]+)", r'P({"": \1})', python)
     total = eval(python, {"P": Polynomial, "x": Polynomial(x=1), "y": Polynomial(y=1)})
     return {letters: n for letters, n in total.items() if n}
-
 
 @pytest.mark.parametrize("kind", tinyllm.KINDS)
 def test_every_generated_line_is_true(kind):
@@ -239,7 +218,6 @@ def test_every_generated_line_is_true(kind):
         assert stages and all(second_opinion(stage) == right for stage in stages), line
         assert tinyllm.check(line) == (True, True) and len(line) < Config().block_size, line
         assert tinyllm.kind_of(problem) == kind and not tinyllm.is_outside(problem, Config()), line
-
 
 @pytest.mark.parametrize("line", [
     "(12+3)*4-6=15*4-6=60-6=54",
@@ -268,7 +246,6 @@ def test_the_notebook(line):
     """The working a pupil would write, for each rule."""
     assert tinyllm.solve_by_rules(line.split("=")[0]) == line
 
-
 @pytest.mark.parametrize("a, b", [
     ("12+39", "39+12"), ("7*8", "8*7"), ("5-3", "-3+5"), ("(1+2)*3+4", "4+3*(2+1)"), ("12-39", "39-12"),
     ("6/3+1", "1+6/3"), ("5-3x", "-3x+5"), ("(x+2)(x-3)", "(-3+x)(2+x)"), ("(x+1)^2", "(1+x)(x+1)")])
@@ -277,7 +254,6 @@ def test_twins_share_their_side(a, b):
     for shift in range(60):
         moved = [re.sub("[0-9]+", lambda n: str(int(n[0]) + shift), text.replace("^2", "^")) for text in (a, b)]
         assert len({tinyllm.is_held_out(text.replace("^", "^2")) for text in moved}) == 1
-
 
 def test_training_never_sees_a_held_out_problem():
     """The stream itself, as it goes into the model, holds no problem of the evaluation, nor its twin."""
@@ -291,7 +267,6 @@ def test_training_never_sees_a_held_out_problem():
     assert len(set(asked)) == 1200 and len(seen) > 2000
     assert not any(map(tinyllm.is_held_out, seen)) and not held_out & set(map(twin, seen))
 
-
 def test_lengths_are_even():
     """Short numbers are as common as long ones, and one problem in ten is held out."""
     rng = random.Random(0)
@@ -299,7 +274,6 @@ def test_lengths_are_even():
     lengths = [len(re.findall("[0-9]+", problem)[0]) for problem in problems]
     assert all(400 < lengths.count(n) < 600 for n in range(2, 11))
     assert 0.08 < sum(map(tinyllm.is_held_out, problems)) / 5000 < 0.12
-
 
 @pytest.mark.parametrize("kind", ["expr", "algebra"])
 def test_practice_is_harder_than_the_test(kind):
@@ -309,12 +283,10 @@ def test_practice_is_harder_than_the_test(kind):
                         for held_out in (False, True)]
     assert practised > asked + 0.1
 
-
 def own_kind():
     """The example at the end of Step 4-1, as a reader would switch it on."""
     comment = SOURCE[SOURCE.index("# def draw_fractions"):SOURCE.index("######## Step 4-2")]
     exec(re.sub("^# ?", "", comment, flags=re.M), vars(tinyllm))
-
 
 def test_a_kind_of_your_own(monkeypatch, tmp_path):
     """Those lines are all: lines are drawn and checked, a spoilt one is caught, and a batch is learned."""
@@ -329,13 +301,11 @@ def test_a_kind_of_your_own(monkeypatch, tmp_path):
     assert tinyllm.solve_by_rules("1/2+1/3") == "1/2+1/3=3/6+2/6=5/6"
     train(Config(**SMALL, kinds="frac", steps=2), tmp_path / "frac.pt")
 
-
 def test_x_y_and_what_counts():
     """y is x one token later, and only what stands behind the first = counts."""
     x, y = tinyllm.to_example("12*34=360+48=408")
     whole = encode("12*34=360+48=408\n")
     assert x == whole[:-1] and y == [-100] * 5 + whole[6:]
-
 
 def test_batches_hold_whole_lines_and_little_padding():
     """Rows of a batch are of like length, about batch_tokens in all, each with its addresses."""
@@ -348,13 +318,11 @@ def test_batches_hold_whole_lines_and_little_padding():
         n_padding += sum(x.shape[1] - len(decode(ids).split("\n")[0]) for ids in x.tolist())
     assert 0.9 * 2048 < n_tokens / 64 <= 2048 and n_padding / n_tokens < 0.1
 
-
 def test_small_problems_come_first():
     """The curriculum: batches early in the run hold mostly short lines, later ones all lengths."""
     def mean_length(step):
         return sum(x.shape[1] for x, _, _ in batches(Config(), 64, step)) / 64
     assert mean_length(0) < 0.75 * mean_length(6400)
-
 
 def test_the_stream_can_start_anywhere():
     """Batch n is the same whether the run got there in one go or was resumed; another seed is another."""
@@ -362,7 +330,6 @@ def test_the_stream_can_start_anywhere():
     other = batches(Config(seed=1), 1, step=69)[0]
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
     assert expected[0].shape != other[0].shape or not torch.equal(expected[0], other[0])
-
 
 ######## Step 5: training ########
 
@@ -375,7 +342,6 @@ def test_an_untrained_model_knows_nothing():
     exact = F.cross_entropy(model(x, addresses).flatten(0, 1), y.flatten(), ignore_index=-100).item()
     assert abs(loss - math.log(21)) < 0.15 and abs(loss / exact - 1) < 0.02
 
-
 def test_one_batch_is_learned_by_heart():
     """The first thing to try with any network: if it cannot overfit one batch, something is broken."""
     torch.manual_seed(0)
@@ -385,7 +351,6 @@ def test_one_batch_is_learned_by_heart():
     batch = batches(config, 1)[0]
     assert min(tinyllm.learn(model, optimizers, *batch) for _ in range(200)) < 0.02
 
-
 def test_every_weight_is_trained_once():
     """Muon and AdamW share the weights: none twice, none forgotten; without Muon AdamW has all."""
     for config in (Config(**SMALL), Config(**SMALL, muon=False)):
@@ -393,7 +358,6 @@ def test_every_weight_is_trained_once():
         trained = [p for optimizer in tinyllm.make_optimizers(model, config)
                    for group in optimizer.param_groups for p in group["params"]]
         assert len(trained) == len(set(map(id, trained))) == len(list(model.parameters()))
-
 
 def test_muon_is_pytorchs():
     """Our Muon takes the steps of torch.optim.Muon, which rounds to bfloat16; zeros stay zeros."""
@@ -413,7 +377,6 @@ def test_muon_is_pytorchs():
         assert (a - b).norm() < 0.02 * (b - start).norm()
     assert not tinyllm.orthogonal(torch.zeros(4, 6)).any()
 
-
 @pytest.fixture
 def only_short_sums(monkeypatch):
     """Sums of two numbers of one or two digits, and nothing else."""
@@ -421,7 +384,6 @@ def only_short_sums(monkeypatch):
         return f"{rng.randrange(10 ** top)}+{rng.randrange(10 ** top)}"
     kind = dataclasses.replace(tinyllm.KINDS["add"], draw=draw, sizes=range(1, 3), practice={})
     monkeypatch.setattr(tinyllm, "KINDS", {"add": kind})
-
 
 def test_a_small_model_learns_addition(only_short_sums, tmp_path):
     """From nothing to 100% of the held-out one-digit sums, which it never saw."""
@@ -431,7 +393,6 @@ def test_a_small_model_learns_addition(only_short_sums, tmp_path):
     after = tinyllm.evaluate(train(config, tmp_path / "model.pt"), problems)
     assert len(problems) > 3 and before["answers"] == 0
     assert after["answers"] == after["workings"] == len(problems), after["wrong"]
-
 
 @slow
 def test_the_default_model_learns_every_kind(tmp_path):
@@ -443,7 +404,6 @@ def test_the_default_model_learns_every_kind(tmp_path):
     right = {name: tinyllm.evaluate(model, problems)["answers"] / 200 for name, problems in asked.items()}
     assert right["add"] > 0.7 and right["12 digits"] > 0.4 and min(right.values()) > 0.1, right
 
-
 def resume(path):
     """Go on with the run in a file."""
     model, state = tinyllm.load_checkpoint(path)
@@ -451,7 +411,6 @@ def resume(path):
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     return train(model.config, path, state["progress"], model, optimizers)
-
 
 def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):
     """Stopped at step 20 of 40 and resumed, a run ends with bit for bit the same weights."""
@@ -471,7 +430,6 @@ def test_resume_is_the_same_run(only_short_sums, tmp_path, monkeypatch):
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(a, b), name
 
-
 def test_saved_and_loaded_it_gives_the_same_answers(tmp_path):
     """A checkpoint is the whole model, and any user may read it who may read other new files."""
     model, path = small_model(), tmp_path / "model.pt"
@@ -482,7 +440,6 @@ def test_saved_and_loaded_it_gives_the_same_answers(tmp_path):
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "other"]
 
-
 class Evil:
     """Unpickling this would create a folder."""
     def __init__(self, path):
@@ -490,7 +447,6 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     """Missing, empty, cut off anywhere, foreign, newer, of other shapes, or a pickle that would run
@@ -516,7 +472,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         tinyllm.load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 
-
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     """A run that blows up stops with a sentence, and the file keeps the last good state."""
     path, model = tmp_path / "model.pt", small_model()
@@ -528,7 +483,6 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     with pytest.raises(InputError, match="keeps the last good state"):
         train(Config(**SMALL, steps=50, batch_tokens=128, lr=1e30, adam_lr=1e30), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
-
 
 @pytest.mark.skipif(os.name == "nt", reason="limits the size of files as Linux and macOS do")
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -545,7 +499,6 @@ sys.exit(tinyllm.main(["train", "--force", "--steps", "1", "--out", {str(path)!r
     assert done.returncode == 2 and done.stderr.startswith("tinyllm: cannot write") and done.stderr.count("\n") == 1
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
-
 @slow
 def test_killed_at_any_moment_the_file_is_whole(tmp_path):
     """SIGKILL at 15 random moments of a run that saves all the time: each time the file loads."""
@@ -559,7 +512,6 @@ def test_killed_at_any_moment_the_file_is_whole(tmp_path):
         process.kill()
         process.wait()
         assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] <= 10
-
 
 @pytest.mark.skipif(os.name == "nt", reason="sends Ctrl-C as Linux and macOS do")
 @pytest.mark.parametrize("presses", [1, 3])
@@ -583,7 +535,6 @@ def test_ctrl_c_saves(tmp_path, presses):
     status, _, err = command("train", "--resume", "--steps", progress["step"] + 1, "--out", path)
     assert status == 0 and tinyllm.load_checkpoint(path)[1]["progress"]["step"] == progress["step"] + 1, err
 
-
 PART = """import sys, torch
 sys.path.insert(0, {here!r})
 import tinyllm
@@ -598,7 +549,6 @@ model = tinyllm.TinyLLM(config)
 tinyllm.fit(model, tinyllm.make_optimizers(model, config), tinyllm.new_progress(), "", None)
 torch.save((model.state_dict(), seen), {folder!r} + f"/rank{{tinyllm.RANK}}.pt")
 """
-
 
 @slow
 def test_two_processes_are_one_run_with_a_larger_batch(tmp_path):
@@ -627,7 +577,6 @@ def test_two_processes_are_one_run_with_a_larger_batch(tmp_path):
         tinyllm.learn(one, optimizers, *map(torch.cat, zip(*padded)))
     assert all(torch.allclose(one.state_dict()[name], a[name], atol=2e-4) for name in a)
 
-
 @slow
 def test_torchrun_from_the_command_line(tmp_path):
     """`torchrun tinyllm.py train`: one process prints and saves, and the checkpoint is like any other."""
@@ -638,7 +587,6 @@ def test_torchrun_from_the_command_line(tmp_path):
     assert done.returncode == 0 and done.stdout.count("Before training") == 1, done.stderr
     assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] == 10
 
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 def test_a_gpu_gives_the_same_answers(tmp_path):
     """Trained on a GPU in bfloat16, saved, and asked on both: the same text."""
@@ -646,7 +594,6 @@ def test_a_gpu_gives_the_same_answers(tmp_path):
     problems = tinyllm.held_out_problems("add", 50, size=2)
     other = tinyllm.solve(tinyllm.load_checkpoint(tmp_path / "model.pt")[0], problems)
     assert sum(a == b for a, b in zip(tinyllm.solve(model, problems), other)) >= 45
-
 
 ######## Step 6: evaluation ########
 
@@ -661,7 +608,6 @@ def test_greedy_decoding_in_a_batch():
         assert model(torch.tensor([ids]))[0, -1].argmax() == token != tinyllm.END
         ids = [*ids, token]
 
-
 def test_answers_do_not_depend_on_company_or_order():
     """A problem gets the same line alone, among others, and in any order."""
     model = small_model()
@@ -671,7 +617,6 @@ def test_answers_do_not_depend_on_company_or_order():
     assert together[::-1] == tinyllm.solve(model, problems[::-1], batch_size=7)
     assert all(line.startswith(problem + "=") for line, problem in zip(together, problems))
 
-
 def test_no_calculator(monkeypatch):
     """Writing never touches the rules: without any of them, the model writes the same line."""
     model, problems = small_model(), ["12*34", "7/2", "5-9"]
@@ -679,7 +624,6 @@ def test_no_calculator(monkeypatch):
     for name in ("Reader", "KINDS", "solve_by_rules", "exact_value", "is_true", "check"):
         monkeypatch.setattr(tinyllm, name, None)
     assert tinyllm.solve(model, problems) == expected
-
 
 @pytest.mark.parametrize("line", [
     "12+39=41", "12+39=", "12+39", "12+39=50+1", "12+39=51=", "10/4=5/2", "12+39=51=51+", "1/0=0", "796-801=-05",
@@ -689,7 +633,6 @@ def test_check_is_strict(line):
     """An answer is right only if it is simple and equal; a working only if every stage is."""
     assert tinyllm.check(line)[0] is False
     assert tinyllm.check("12+39=50=51") == (True, False) and tinyllm.check("1-3/10=7/10") == (True, True)
-
 
 ######## Step 7: going further ########
 
@@ -706,7 +649,6 @@ def test_look_shows_the_weights_of_the_model():
         assert row[5:] == "".join(shades).rstrip()
     assert max(map(len, tinyllm.look(model, "1+1=" + "1" * 100).splitlines())) < 80
 
-
 @pytest.mark.parametrize("stage, latex", [
     ("-408", "-408"), ("12*34", r"12 \times 34"), ("1831/23", r"1831 \div 23"), ("14/23", r"\frac{14}{23}"),
     ("-2/3", r"-\frac{2}{3}"), ("79+14/23", r"79\frac{14}{23}"), ("-3-1/2", r"-3\frac{1}{2}"),
@@ -718,7 +660,6 @@ def test_look_shows_the_weights_of_the_model():
 def test_latex_of_every_construct(stage, latex):
     """What a teacher would write on the board, for each construct."""
     assert tinyllm.typeset(stage, tinyllm.LATEX) == latex
-
 
 def test_latex_and_mathml_are_well_formed():
     """600 workings and some nonsense: braces and tags balance, no raw * or /, no number is lost; a sum
@@ -733,7 +674,6 @@ def test_latex_and_mathml_are_well_formed():
             assert numbers == re.findall("[0-9]+", stage) or "^" in stage
     assert tinyllm.typeset("2+3/4", tinyllm.LATEX, is_problem=True) == r"2+\frac{3}{4}"
 
-
 @pytest.mark.parametrize("text, problem", [
     (" 12 * 34 = ", "12*34"), ("12\u00d734", "12*34"), ("\uff11\uff12\uff0a\uff13\uff14\uff1d", "12*34"), ("012*0034", "12*34"),
     ("3\u00b74", "3*4"), ("3\u22174", "3*4"), ("1\u20442", "1/2"), ("3\u20132", "3-2"), ("\ufeff1+1", "1+1"), ("6:3", "6/3"),
@@ -744,7 +684,6 @@ def test_latex_and_mathml_are_well_formed():
 def test_forgiving_input(text, problem):
     """What leaves no doubt is asked in the form that was learned, and what is asked is worth the same."""
     assert tinyllm.prepare(text, small_model()) == problem
-
 
 @pytest.mark.parametrize("text, words", [
     ("12+a", "unknown character 'a'.* x and y"), ("12+x\u00b3", "SUPERSCRIPT THREE"), ("3\u00bd", "FRACTION ONE HALF"),
@@ -761,7 +700,6 @@ def test_bad_input_is_a_sentence(text, words):
         tinyllm.prepare(text, small_model(block_size=900))
     assert str(refusal.value).isascii() and "\n" not in str(refusal.value)
 
-
 def test_nested_squares_take_no_time():
     """Nothing that a person types keeps the program busy: sizes are bounded before anything is computed."""
     began = time.perf_counter()
@@ -771,14 +709,12 @@ def test_nested_squares_take_no_time():
             raise InputError("it was read")
     assert time.perf_counter() - began < 1
 
-
 @pytest.mark.parametrize("problem", ["1/2+1/3", "3/4-1/2", "1/2/2", "2*(1/2)", "2(x+(y-1))", "3(x+1)(x+2)", "123x+4x",
                                      "1234*5678", "12/345", "1+2+3+4+5+6+7+8", "12345678901+1", "5"])
 def test_what_was_never_drawn_is_said_to_be_outside(problem):
     """The note comes from what the kinds draw. (That nothing drawn carries it is tested with the lines.)"""
     assert tinyllm.is_outside(problem, Config()) and not tinyllm.is_outside("12+3", Config())
     assert tinyllm.is_outside("12+3", Config(kinds="sub mul"))
-
 
 def test_after_a_slip_only_the_first_false_stage_is_called_false():
     """What follows from a slip is said to follow, and a true stage that could be simpler is no answer."""
@@ -790,9 +726,7 @@ def test_after_a_slip_only_the_first_false_stage_is_called_false():
     assert tinyllm.explain("-7/2=3")[0] == ["NOT TRUE: it should be -3-1/2"]
     assert tinyllm.explain("2+3=5") == (["true"], "the answer is right")
 
-
 ALPHABET = "0123456789+-*/()=xy^. ,\t\0\u00d7\u00b2\uff11\u0661\u2460\ud800\U0001f600"
-
 
 def random_text(rng):
     """What nobody should type: any Unicode, near-misses of real problems, very long ones."""
@@ -805,7 +739,6 @@ def random_text(rng):
     for _ in range(rng.randrange(4)):
         text[rng.randrange(len(text))] = rng.choice(ALPHABET)
     return "".join(text) * (rng.choice((100, 10_000)) if dice > 0.999 else 1)
-
 
 def test_any_text_is_a_problem_or_a_sentence():
     """Thousands of random texts: each becomes a problem that is read again as the same, and that is
@@ -827,7 +760,6 @@ def test_any_text_is_a_problem_or_a_sentence():
         assert line.startswith(problem + "=") and len(line) <= 128
         tinyllm.check(line), tinyllm.explain(line), tinyllm.to_latex(line), tinyllm.is_outside(problem, Config())
 
-
 @pytest.fixture(scope="module")
 def page():
     """A served page with a small untrained model, on a free port: (host:port, request function)."""
@@ -848,10 +780,8 @@ def page():
     server.shutdown()
     server.server_close()
 
-
 def body(problem):
     return json.dumps({"problem": problem})
-
 
 def test_the_page_loads_nothing_from_elsewhere(page):
     """One document with a nonce for its own script and style; every other source is forbidden."""
@@ -860,7 +790,6 @@ def test_the_page_loads_nothing_from_elsewhere(page):
     assert status == 200 and text.count(f'nonce="{nonce}"') == 2 and "default-src 'none'" in headers["Content-Security-Policy"]
     assert not re.search("(src|href)=|https?://|@import|NONCE|DATA", text) and "12%2B34" not in text
     assert page[1]("GET", "/")[1]["Content-Security-Policy"] != headers["Content-Security-Policy"]
-
 
 def test_the_page_answers_a_problem(page):
     """What the page shows is the model's line, its exact check, and the weights and likeliest tokens."""
@@ -872,7 +801,6 @@ def test_the_page_answers_a_problem(page):
     for t, (heads, likeliest) in enumerate(zip(reply["weights"], reply["next"]), reply["start"]):
         assert [len(head) for head in heads] == [t] * 4
         assert t == len(line) or likeliest[0][0] == reply["read"][t]                   # greedy
-
 
 @pytest.mark.parametrize("method, path, text, headers, status", [
     ("GET", "/etc/passwd", None, {}, 404), ("POST", "/", "{}", {}, 404), ("PUT", "/", "{}", {}, 501),
@@ -888,7 +816,6 @@ def test_the_page_refuses(page, method, path, text, headers, status):
     found, answer_headers, answer = page[1](method, path, text, **headers)
     assert found == status and set(json.loads(answer)) == {"error"} and "<" not in answer.replace("'<'", "")
     assert answer_headers["X-Content-Type-Options"] == "nosniff"
-
 
 def test_the_page_serves_many_at_once_and_survives_garbage(page):
     """32 clients at once get their own answers, while others stall, go away or send noise."""
@@ -906,9 +833,7 @@ def test_the_page_serves_many_at_once_and_survives_garbage(page):
     for client in stalled:
         client.close()
 
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 def test_the_page_in_a_real_browser(page, tmp_path, monkeypatch):
@@ -921,7 +846,7 @@ setInterval(() => { if (reply && !window.done) { window.done = true;
     monkeypatch.setattr(tinyllm, "PAGE", tinyllm.PAGE.replace("</script>", act))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]
-    done = subprocess.run([CHROMIUM, *flags, "--virtual-time-budget=8000", "--dump-dom", f"http://{page[0]}/"],
+    done = subprocess.run([CHROMIUM, *flags, "--virtual-time-budget=8000", "--dump-dom", f"http://{page[0]}/?q=7+8"],
                           capture_output=True, timeout=100)
     dom = done.stdout.decode("utf-8")
     line = tinyllm.solve(small_model(), ["12+34"])[0]
@@ -932,13 +857,11 @@ setInterval(() => { if (reply && !window.done) { window.done = true;
     assert dom.split("<script")[0].count("<polyline") == 2 * (1 + len(tinyllm.KINDS))
     assert dom.count("<b>head ") == 4
 
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.pt"
     tinyllm.save_checkpoint(path, small_model(block_size=64))
     return path
-
 
 def test_a_pipe_is_answered_line_by_line(checkpoint):
     """One line in, one line out, as it comes; an empty or wrong one is an error there, others go on."""
@@ -954,14 +877,12 @@ def test_a_pipe_is_answered_line_by_line(checkpoint):
     process.communicate("")
     assert process.returncode == 0
 
-
 def test_ask_shows_and_checks_each_stage(checkpoint):
     """The working a stage a row, each with a check that is labelled as one; LaTeX says so on stderr."""
     status, out, _ = command("ask", "-5+3", "12+39", "--checkpoint", checkpoint)
     assert status == 0 and out.startswith("-5+3 = ") and "check: NOT TRUE" in out and "\x1b" not in out
     status, out, err = command("ask", "--latex", "12+39", "--checkpoint", checkpoint)
     assert status == 0 and out.startswith(r"\begin{align*}") and "NOT the right answer: 12+39=" in err
-
 
 @pytest.mark.parametrize("args, words", [
     ("ask 12+\u00b3", "SUPERSCRIPT THREE"), ("ask (1+2", "closing bracket"), ("ask 1/(2-2)", "division by zero"),
@@ -981,12 +902,10 @@ def test_errors_are_sentences(args, words, checkpoint, capsys):
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and err.isascii() and os.listdir() == []
 
-
 def test_an_error_ends_the_process(checkpoint):
     """The same from outside, on a console of few letters: the status, and no traceback."""
     status, out, err = command("ask", "12+\u00b3", "--checkpoint", checkpoint, PYTHONIOENCODING="cp1252")
     assert status == 2 and not out and "SUPERSCRIPT" in err and err.count("\n") == 1
-
 
 def test_train_and_eval_as_a_person_runs_them(tmp_path):
     """A tiny run through the command line: before, rows, table, after, next commands; the same numbers
@@ -1006,7 +925,6 @@ def test_train_and_eval_as_a_person_runs_them(tmp_path):
     status, out, _ = command("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99)
     assert status == 1 and "sub 20*" in out and "mul 4*" in out and "sub near" in out and "below the target" in out
 
-
 def test_data_and_help(capsys):
     """`data` prints true lines of the side and kind that was asked for; --help explains each flag."""
     assert tinyllm.main(["data", "--kind", "mul", "--split", "test", "--count", "5"]) == 0
@@ -1016,7 +934,6 @@ def test_data_and_help(capsys):
         tinyllm.main(["train", "--help"])
     out = capsys.readouterr().out
     assert all(f"--{field.name}" in out for field in dataclasses.fields(Config)) and "None" not in out and "blocks, one after" in out
-
 
 @slow
 def test_the_first_minute(tmp_path):

@@ -1736,7 +1736,7 @@ class Reader:
 
     def missing(self, wanted):
         rest = "".join(self.tokens[::-1])
-        return f"{wanted} is missing " + (f"before {rest[:40]}" if rest else "at the end") + "; add it"
+        return f"{wanted} is missing {f'before {rest[:40]}' if rest else 'at the end'}; add it"
 
     def next_is(self, *tokens):
         return bool(self.tokens) and self.tokens[-1] in tokens
@@ -2204,8 +2204,7 @@ for name in ("add", "sub", "mul", "div"):
 ######## The page of Step 7-4 ######################################################################
 
 PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>tinyllm</title>
 <style nonce="NONCE">
@@ -2226,9 +2225,8 @@ td { padding: .1rem .3rem; white-space: nowrap; }
 #tokens { font: 1.1rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem; padding: .2rem 0;
   text-align: center; } #tokens .written { border-bottom: 2px solid var(--soft); }
 #grid { font: .75rem ui-monospace, monospace; color: var(--soft); } #grid div { display: flex; }
-#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px solid var(--line); }
-#grid b { flex: none; width: 4.2rem; font-weight: 400; position: sticky; left: 0; background: var(--paper); }
-#grid .sharp b { color: var(--look); font-weight: 700; }
+#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px solid var(--line); } #grid .sharp { color: var(--look); }
+#grid b { flex: none; width: 4.2rem; position: sticky; left: 0; background: var(--paper); }
 svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
 </style>
 <h1>tinyllm</h1>
@@ -2245,16 +2243,14 @@ another, and no calculator helps it. The check of each step is made afterwards.<
   <h2>How it wrote this</h2>
   <p class="soft">Choose a token that it wrote (numbers from the ones), or step with the arrow keys: below are the likeliest
     there, and where each head looked. Heads that looked at one place stand out. Point at a row to see it above.</p>
-  <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div>
-  <div id="next" class="few" role="status"></div>
+  <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div><div id="next" class="few" role="status"></div>
   <div class="scroll" id="grid" tabindex="0" role="region" aria-label="Heads"></div>
   <p><button id="copy" type="button">Copy as LaTeX</button></p>
 </main>
 <h2>How it learned</h2><div id="learned"></div>
 <script nonce="NONCE">
-"use strict";
 const data = DATA, $ = id => document.getElementById(id);
-const address = () => new URLSearchParams(location.search).get("q");
+const address = () => new URLSearchParams(location.search.replaceAll("+", "%2B")).get("q");
 const names = {add: "sums", sub: "differences", mul: "products", div: "quotients", expr: "brackets", algebra: "letters"};
 let reply, chosen, asked = 0;
 
@@ -2274,8 +2270,7 @@ async function ask(problem, remember = true) {
   let found = {error: "The server does not answer; start it again: python tinyllm.py serve"};
   try { found = await (await fetch("/solve", {method: "POST", body: JSON.stringify({problem})})).json(); } catch {}
   if (turn !== asked) return;                          // a later question has been asked
-  $("ask").textContent = "Ask";
-  $("message").textContent = found.error || "";
+  for (const [id, text] of [["ask", "Ask"], ["message", found.error]]) $(id).textContent = text || "";
   Object.assign($("result"), {className: "", hidden: "error" in found});
   if (remember && problem !== address()) history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
   document.title = `${problem} - tinyllm`;
@@ -2328,9 +2323,8 @@ $("tokens").onkeydown = event => {
   const t = chosen + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0);
   if (t !== chosen && t >= reply.start && t <= reply.read.length) { event.preventDefault(); choose(t); }
 };
-for (const problem of [...data.right, ...data.wrong])
-  add($("examples"), "button", problem, {onclick: () => ask(problem)});
-for (const problem of data.wrong) $("examples").lastChild.textContent = `${problem} (it fails here)`;
+for (const problem of data.right) add($("examples"), "button", problem, {onclick: () => ask(problem)});
+for (const problem of data.wrong) add($("examples"), "button", `${problem} (it fails here)`, {onclick: () => ask(problem)});
 const minutes = point => point.seconds / 60, rows = data.history.filter(point => point.right);
 if (rows.length) {
   chart("Loss, in nats", 1, {loss: data.history.map(point => [minutes(point), Math.min(1, point.loss)])});
@@ -2338,8 +2332,7 @@ if (rows.length) {
     kind => [names[kind] || kind, rows.map(point => [minutes(point), 100 * point.right[kind]])])));
 }
 (window.onpopstate = () => address() ? ask(address(), false) : $("result").hidden = true)();
-</script>
-</html>
+</script></html>
 """
 
 if __name__ == "__main__":

@@ -544,7 +544,7 @@ KINDS = {
     "add": Kind(functools.partial(draw_sum, "+"), rf"-?[0-9]+\+{SECOND}", range(1, 11), LONG, 0.5),
     "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.6),
     "mul": Kind(draw_product, rf"-?[0-9]+\*{SECOND}", range(1, 4), (4,), 0.9),
-    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 1.8),
+    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 1.9),
 }                                                     # the appendix adds expr and algebra
 
 def kind_of(problem):
@@ -1476,12 +1476,13 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
           f"{torch.get_num_threads()}, from step {progress['step']:,} to {budget}, seed "
           f"{config.seed}, torch {torch.__version__}", flush=True)
-    where = "" if out == "tinyllm.pt" else f" --{{}} {shlex.quote(out)}"
+    is_default = out == "tinyllm.pt"
     try:
         fit(model, optimizers, progress, out, functools.partial(print, flush=True))
     except KeyboardInterrupt:
-        resumed = "saved; go on with: python tinyllm.py train --resume" + where.format("out")
-        raise KeyboardInterrupt(resumed) from None
+        where = "" if is_default else f" --out {shlex.quote(out)}"
+        go_on = f"python tinyllm.py train --resume{where}"
+        raise KeyboardInterrupt(f"saved; go on with: {go_on}") from None
     minutes = progress["seconds"] / 60
     print(f"Trained in {minutes:.1f} minutes, saved as {out}. Measuring ...", flush=True)
     print_row()
@@ -1489,10 +1490,10 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
         print_row(kind, evaluate(model, held_out_problems(kind, 500, seed=2)))
     print("Now it answers:")
     show_answers(model)
-    checkpoint = where.format("checkpoint")
+    where = "" if is_default else f" --checkpoint {shlex.quote(out)}"
     problem = "123+456" if config.kinds == "add" else "12*34"
-    print(f'Now try:\n    python tinyllm.py ask{checkpoint} "{problem}"\n'
-          f"    python tinyllm.py eval{checkpoint}")
+    print(f'Now try:\n    python tinyllm.py ask{where} "{problem}"')
+    print(f"    python tinyllm.py eval{where}")
 
 def show_answers(model):
     """Print one held-out problem of each kind, and what the model writes where the answer goes."""
@@ -2132,9 +2133,9 @@ ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
 PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"
 ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{PRODUCT}")
 
-KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 2.8, size=count_signs,
+KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.4, size=count_signs,
                         stage=rewrite_letters, practice={
-    "many": (0.65, functools.partial(draw_algebra, hard=True))},
+    "many": (0.74, functools.partial(draw_algebra, hard=True))},
     is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem) is not None)
 
 ######## Appendix 5: what is practised #############################################################
@@ -2175,18 +2176,18 @@ def draw_shape(shapes, rng, top):
 PRACTICE = (                                          # kind, name, share, shapes
     ("mul", "4 by 1 and 2", 0.15, "M*a a*M M*A A*M"),
     ("mul", "round", 0.2, "R*m m*R R*A A*R"),
-    ("div", "small", 0.24, "A/a A/T m/T Aa/B cd/T"),
-    ("algebra", "large numbers", 0.09, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
-    ("algebra", "factors", 0.09, "v(vsc) -v(vsc) v(wsc) v(avsd) v(vsc)tw(wsd) A(vsc) -A(vsc) "
+    ("div", "small", 0.2, "A/a A/T m/T Aa/B cd/T"),
+    ("algebra", "products", 0.08, "(-avsc)(-bvtd) (-avsc)(bvtd) (avsc)(-bvtd) (v+c)(v-c) "
+                                  "(v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v)"),
+    ("algebra", "large numbers", 0.06, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
+    ("algebra", "factors", 0.05, "v(vsc) -v(vsc) v(wsc) v(avsd) v(vsc)tw(wsd) A(vsc) -A(vsc) "
                                  "A(avsd) A(vsc)tB(wsd) av(vsc) av(bwsd) v(vsB)"),
-    ("algebra", "squares", 0.05, "(v+c)(v-c) (v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v) "
-                                 "(vsA)^2"),
-    ("algebra", "single terms", 0.05, "av-(-bv) av+(-bv) -av-(-bw) (av)^2 av*bw av*bv a*bv av*b"))
+    ("algebra", "single terms", 0.03, "av-(-bv) av+(-bv) -av-(-bw) (av)^2 av*bw av*bv a*bv av*b"))
 for name, shape, share, shapes in PRACTICE:
     KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
 KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
 KINDS["sub"].practice["near"] = 0.4, functools.partial(draw_near, "-")
-KINDS["div"].practice["fractions"] = 0.16, draw_fraction
+KINDS["div"].practice["fractions"] = 0.22, draw_fraction
 
 def is_drawn(problem):
     """Could a problem with two numbers have been drawn? A divisor has two digits at most."""

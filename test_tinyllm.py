@@ -779,7 +779,7 @@ def test_the_page_answers_a_problem(page):
 @pytest.mark.parametrize("method, path, text, headers, status", [
     ("GET", "/etc/passwd", None, {}, 404), ("POST", "/", "{}", {}, 404), ("PUT", "/", "{}", {}, 501),
     ("GET", "/", None, {"Host": "evil.example:8000"}, 403), ("GET", "/", None, {"Host": "evil.example"}, 403),
-    ("GET", "/", None, {"Host": ""}, 403), ("POST", "/solve", "{}", {"Origin": "http://evil.example"}, 403),
+    ("GET", "/", None, {"Host": ""}, 403), ("GET", "/", None, {"Host": "localhost"}, 403), ("POST", "/solve", '{"problem": ["1"]}', {}, 400), ("POST", "/solve", "{}", {"Origin": "http://evil.example"}, 403),
     ("POST", "/solve", "{}", {"Origin": "null"}, 403), ("POST", "/solve", body("1+1") + " " * 10000, {}, 413),
     ("POST", "/solve", "[" * 4000, {}, 400), ("POST", "/solve", "12+34", {}, 400), ("POST", "/solve", '{"problem": 12}', {}, 400),
     ("POST", "/solve", "{}", {"Content-Length": "-1"}, 413), ("POST", "/solve", b"\xff\xfe", {}, 400),

@@ -66,7 +66,7 @@ from torch.utils.data import DataLoader, IterableDataset                        
 def five_facts():
     """What you need of PyTorch, or nearly. The tests run each line.
 
-    Fact 1. A tensor is a block of numbers with a shape. All of them have one type (dtype).
+    Fact 1. A tensor is a block of numbers with a shape, one type (dtype) and a device (CPU or GPU).
 
     >>> a = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     >>> a.shape, a.dtype, torch.zeros(2, dtype=torch.long)       # long: whole numbers, such as ids
@@ -220,7 +220,7 @@ def rotations(where, n_pairs, base):
 
 def rotate(x, turns):
     """Turn vectors: x (B, T, H, D) and turns (B, T, 1, D/2), the same for all heads -> like x."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))               # (B, T, H, D/2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2); -1: what fits
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)               # (B, T, H, D)
 
 # For a calculation there is something better than a column: an address, like a cell of a table.
@@ -285,13 +285,13 @@ def with_gaps(addresses, gap, rng):
 
 def attention(q, k, v):
     """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
-    attention weights (..., T, S). S tokens can be looked at: in training the T of q, in writing
-    also those before them. The score of a query and a key is their dot product: how well they
-    agree. As a sum of D products of either sign it grows with the square root of D, so it is
-    divided by that. A causal mask sets the scores of later tokens to minus infinity. Softmax turns
-    each row of scores into weights with the sum 1 (computed, not learned). The result is the mix of
-    the values by these weights. (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens
-    with two numbers each:
+    attention weights (..., T, S). S tokens can be looked at: in training the T of q; in writing
+    also the S - T before them, so that the mask starts that much further right. The score of a
+    query and a key is their dot product: how well they agree. As a sum of D products of either sign
+    it grows with the square root of D, so it is divided by that. A causal mask sets the scores of
+    later tokens to minus infinity. Softmax turns each row of scores into weights with the sum 1
+    (computed, not learned). The result is the mix of the values by these weights. (Vaswani et al.
+    2017, "Attention Is All You Need".) Three tokens with two numbers each:
 
     >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
     >>> k = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -535,7 +535,7 @@ class Kind:
     size: callable = lambda problem: longest_number(problem)     # problem -> its size
     stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
     worth: callable = lambda text: exact_value(text)             # the same for all stages of a line
-    is_answer: callable = lambda text: is_simple(text)           # is the working done?
+    is_answer: callable = lambda text: is_simple(text)           # is it done: 54, 23+1/7, 4x-11?
     is_drawn: callable = lambda problem: True                    # if not, `ask` warns
 
 SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-7)
@@ -643,8 +643,8 @@ class ProblemStream(IterableDataset):
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
     up: that is padding, and wasted work. So a pool of 64 batches is drawn and sorted by length
     first. In a run of a set number of steps, pool n depends on n and the seed alone, so that a run
-    that was stopped goes on as it would have. rank, n_processes: of those that train together (Step
-    7-5).
+    that was stopped goes on as it would have. rank: which of the n_processes that train together
+    this one is (Step 7-5).
     """
     POOL = 64
 
@@ -655,7 +655,7 @@ class ProblemStream(IterableDataset):
     def draw_example(self, rng, done):
         kinds = self.config.kinds.split()
         kind = rng.choices(kinds, [KINDS[kind].share for kind in kinds])[0]
-        # A curriculum (Bengio et al. 2009): in the first fifth of a run the sizes open one by one.
+        # Curriculum (Bengio et al. 2009): for nine in ten, sizes open one by one at first.
         sizes = KINDS[kind].sizes
         n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
         problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
@@ -712,7 +712,8 @@ def orthogonal(matrix):
 
     A matrix stretches space along certain directions; its singular values s say how much along
     each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7 and
-    1.2, if it was not tiny. This takes only matrix products (Newton-Schulz iteration).
+    1.2, if it was not tiny. In x @ x.T @ x each s is s^3, so matrix products suffice (Newton-Schulz
+    iteration).
 
     >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
     >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
@@ -741,9 +742,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                # a.lerp(b, w) is (1 - w) a + w b: a step from a towards b
+                # a.lerp(b, w) is (1 - w) a + w b; group: here only one, with the weights and lr
                 mean.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(mean, group["momentum"])     # (Nesterov momentum)
+                ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 size = max(1, len(p) / p.shape[1]) ** 0.5        # a tall matrix takes longer steps
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
@@ -753,6 +754,7 @@ def make_optimizers(model, config):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     decay = config.weight_decay
+    # betas: how much of the two means, of gradients and of their squares, stays at each step
     adam = torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=decay)
     return [adam, Muon(matrices, config.lr, weight_decay=decay)] if matrices else [adam]
 
@@ -783,15 +785,15 @@ def learn(model, optimizers, x, addresses, y, weight=1.0):
     return loss.item()
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train a model. Run (Step 7-5) does what is not learning: it ends the batches in time, shows
-    rows by `report`, saves to `out` at every tenth and at Ctrl-C. (run.network is the model.)
+    """Train a model. Run (Step 7-5) takes batches from ProblemStream until the run is over, counts
+    steps in `progress`, shows rows by `report`, saves to `out` at every tenth and at Ctrl-C.
     """
     with Run(model, optimizers, progress, out, report) as run:
         for x, addresses, y in run.batches():
             factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
-            loss = learn(run.network, optimizers, x, addresses, y, run.weight)
+            loss = learn(run.network, optimizers, x, addresses, y, run.weight)   # network: model
             run.note(loss, x.numel())
 
 ######## Step 5-3: watching it learn ###############################################################
@@ -887,8 +889,8 @@ def solve(model, problems, batch_size=500, max_tokens=None):
 def check(line):
     """Was a line that the model wrote right? (answer, working). This happens after the fact.
 
-    The answer is right if the last stage is simple and worth what the problem is worth; the working
-    is right if all its stages are worth that, too.
+    The answer is right if the last stage is done (see Kind) and worth what the problem is worth;
+    the working is right if all its stages are worth that, too.
 
     >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12"), check("7-7=-0")
     ((True, True), (True, False), (False, False), (False, False))
@@ -1197,11 +1199,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_refused(self, path):
         host = self.headers.get("Host", "")
-        names = "localhost", "127.0.0.1", self.server.host, self.server.server_address[0]
-        hosts = [f"{name}:{self.server.server_port}" for name in names]
-        if self.server.server_port == 80:
-            hosts += names
-        if host not in hosts or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+        name, port = re.fullmatch("(.*?)(?::([0-9]+))?", host).groups()
+        is_ours = name in ("localhost", self.server.host) or re.fullmatch("[0-9.]+", name)
+        if not is_ours or int(port or 80) != self.server.server_port or \
+                self.headers.get("Origin", f"http://{host}") != f"http://{host}":
             self.send_error(403, "open the address that the server printed, in a page of its own")
         elif self.path.partition("?")[0] != path:
             self.send_error(404, "there is nothing here; the page is at /, problems go to /solve")
@@ -1220,7 +1221,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,4}", length):
             return self.send_error(413, "a problem is sent with its length, of 9999 bytes at most")
         try:
-            problem = "".join(json.loads(self.rfile.read(int(length)))["problem"])
+            problem = str.strip(json.loads(self.rfile.read(int(length)))["problem"])
             with self.server.lock:                    # one problem at a time; the others wait
                 reply = reply_to(self.server.model, problem)
             self.send(200, "application/json", json.dumps(reply))
@@ -2071,7 +2072,7 @@ def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11
         if is_expression(problem):
             return problem
 
-KINDS["expr"] = Kind(draw_expression, "[^xy]+", range(2, 5), (5, 6), 2.0, size=count_signs,
+KINDS["expr"] = Kind(draw_expression, "[^xy]*", range(2, 5), (5, 6), 2.0, size=count_signs,
                      is_drawn=is_expression, practice={
     "many": (0.6, functools.partial(draw_expression, draws=2)),
     "5 and 6": (0.06, functools.partial(draw_expression, draws=2, more=2)),

@@ -41,8 +41,7 @@ SMALL = dict(n_layer=2, n_head=2, head_dim=24, n_embd=32, block_size=128)
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_tokens", "128"]
 
 def small_model(**changes):
-    """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide
-    mistakes."""
+    """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide mistakes."""
     torch.manual_seed(0)
     model = TinyLLM(Config(**{**SMALL, **changes})).eval()
     for parameter in model.parameters():
@@ -370,8 +369,7 @@ def test_a_small_model_learns_addition(only_short_sums, tmp_path):
 
 @slow
 def test_the_default_model_learns_every_kind(tmp_path):
-    """A fifth of the default run answers most held-out sums, many longer than any it saw, and
-    something of every kind."""
+    """A fifth of the default run answers most held-out sums, many longer than any it saw, and something of every kind."""
     model = train(Config(steps=2150), tmp_path / "model.pt")
     asked = {kind: tinyllm.held_out_problems(kind, 200) for kind in tinyllm.KINDS}
     asked["12 digits"] = tinyllm.held_out_problems("add", 200, size=12)

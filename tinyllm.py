@@ -1472,7 +1472,7 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     if not resume:
         save_checkpoint(out, model)                   # now, not in ten minutes, is the time to fail
         print("Before training, the model answers:")
-        show_answers(model)
+        show_answers(model, max_tokens=40)
     budget = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
     print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
           f"{torch.get_num_threads()}, from step {progress['step']:,} to {budget}, seed "
@@ -1496,11 +1496,10 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     print(f'Now try:\n    python tinyllm.py ask{where} "{problem}"')
     print(f"    python tinyllm.py eval{where}")
 
-def show_answers(model):
-    """Print one held-out problem of each kind, and what the model writes where the answer goes."""
+def show_answers(model, max_tokens=None):
+    """Print the line that the model writes for one held-out problem of each kind."""
     for kind in model.config.kinds.split():
-        problem = held_out_problems(kind, 1)[0]
-        print("   ", solve(model.eval(), [problem], max_tokens=len(solve_by_rules(problem)) + 1)[0])
+        print("   ", solve(model.eval(), held_out_problems(kind, 1), max_tokens=max_tokens)[0])
 
 def print_row(name="", result=None):
     """A row of what evaluate has found; without a result, the names of the columns."""
@@ -1553,7 +1552,7 @@ def command_ask(*problems, checkpoint="tinyllm.pt", plain=False, latex=False, de
     """
     model, _ = load_checkpoint(checkpoint, pick_device(device))
     status = 0
-    for texts in [problems] if problems else typed_lines() if sys.stdin.isatty() else piped_lines():
+    for texts in [problems] if problems else lines_of_input():
         asked = {}                                    # number of the text -> problem
         errors = {}
         for i, text in enumerate(texts):
@@ -1576,8 +1575,15 @@ def command_ask(*problems, checkpoint="tinyllm.pt", plain=False, latex=False, de
         sys.stdout.flush()
     return status
 
-def typed_lines():
-    """Problems typed at a prompt, one at a time, until an empty line, quit or Ctrl-D."""
+def lines_of_input():
+    """Lists of lines: typed at a prompt until an empty one, or from a pipe all that wait."""
+    if not sys.stdin.isatty():
+        rest = b""
+        while data := os.read(sys.stdin.fileno(), 1 << 14):
+            *lines, rest = (rest + data).split(b"\n")
+            yield [line.decode("utf-8", "replace") for line in lines]
+        yield [rest.decode("utf-8", "replace")] if rest else []
+        return
     with contextlib.suppress(ImportError):
         __import__("readline")                        # line editing, where it exists
     with contextlib.suppress(EOFError):
@@ -1585,15 +1591,6 @@ def typed_lines():
         while text.strip() not in ("", "q", "quit", "exit"):
             yield [text]
             text = input("problem (Enter ends): ")
-
-def piped_lines():
-    """Lists of lines from a pipe: all that wait already."""
-    rest = b""
-    while data := os.read(sys.stdin.fileno(), 1 << 14):
-        *lines, rest = (rest + data).split(b"\n")
-        yield [line.decode("utf-8", "replace") for line in lines]
-    if rest:
-        yield [rest.decode("utf-8", "replace")]
 
 def command_look(problem, checkpoint="tinyllm.pt", device="auto"):
     """See what the model looked at while it wrote.

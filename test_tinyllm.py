@@ -366,7 +366,7 @@ def only_short_sums(monkeypatch):
 
 def test_a_small_model_learns_addition(only_short_sums, tmp_path):
     """From nothing to 100% of the held-out one-digit sums, which it never saw."""
-    config = Config(n_layer=2, n_head=4, head_dim=16, n_embd=64, steps=1000, batch_tokens=512, kinds="add")
+    config = Config(n_layer=2, n_head=4, head_dim=16, n_embd=64, steps=600, batch_tokens=512, kinds="add")
     problems = tinyllm.held_out_problems("add", 10, size=1)
     before = tinyllm.evaluate(TinyLLM(config).eval(), problems)
     after = tinyllm.evaluate(train(config, tmp_path / "model.pt"), problems)
@@ -892,7 +892,7 @@ def test_an_error_ends_the_process(checkpoint):
     status, out, err = command("ask", "12+\u00b3", "--checkpoint", checkpoint, PYTHONIOENCODING="cp1252")
     assert status == 2 and not out and "SUPERSCRIPT" in err and err.count("\n") == 1
 
-def test_train_and_eval_as_a_person_runs_them(tmp_path):
+def test_train_and_eval_as_a_person_runs_them(tmp_path, capsys):
     """A tiny run through the command line: before, rows, table, after, next commands; the same numbers
     again; resume; eval and its target; and no model is silently replaced."""
     path, size = tmp_path / "tiny.pt", [*TINY, "--block_size", 128, "--no-working", "--kinds", "sub mul", "--device", "cpu"]
@@ -901,16 +901,21 @@ def test_train_and_eval_as_a_person_runs_them(tmp_path):
     for words in ("Before training", "weights on cpu", "100%", "answers right", "Now it answers", "Now try", "tiny.pt"):
         assert words in out
     losses = [point["loss"] for point in tinyllm.load_checkpoint(path)[1]["progress"]["history"]]
-    assert command("train", "--steps", 10, "--out", path, *size)[0] == 2
-    assert command("train", "--steps", 10, "--out", path, "--force", *size)[0] == 0
-    assert losses == [point["loss"] for point in tinyllm.load_checkpoint(path)[1]["progress"]["history"]]
-    assert command("train", "--out", path, "--resume")[0] == 2
     (tmp_path / "link.pt").symlink_to(path)
-    assert command("train", "--out", tmp_path / "link.pt", "--force", *size)[0] == 2
-    assert command("train", "--steps", 12, "--out", path, "--resume")[0] == 0
+
+    def status_of(*args):
+        return tinyllm.main([str(arg) for arg in args])
+    assert status_of("train", "--steps", 10, "--out", path, *size) == 2
+    assert status_of("train", "--steps", 10, "--out", path, "--force", *size) == 0
+    assert losses == [point["loss"] for point in tinyllm.load_checkpoint(path)[1]["progress"]["history"]]
+    assert status_of("train", "--out", path, "--resume") == 2
+    assert status_of("train", "--out", tmp_path / "link.pt", "--force", *size) == 2
+    assert status_of("train", "--steps", 12, "--out", path, "--resume") == 0
     assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] == 12
-    status, out, _ = command("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99)
-    assert status == 1 and "sub 20*" in out and "mul 4*" in out and "sub near" in out and "below the target" in out
+    capsys.readouterr()
+    assert status_of("eval", "--checkpoint", path, "--problems", 3, "--target", 0.99) == 1
+    out = capsys.readouterr().out
+    assert "sub 20*" in out and "mul 4*" in out and "sub near" in out and "below the target" in out
 
 def test_data_and_help(capsys):
     """`data` prints true lines of the side and kind that was asked for; --help explains each flag."""

@@ -286,12 +286,13 @@ def with_gaps(addresses, gap, rng):
 def attention(q, k, v):
     """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
     attention weights (..., T, S). S tokens can be looked at: in training the T of q; in writing
-    also the S - T before them, so that the mask starts that much further right. The score of a
-    query and a key is their dot product: how well they agree. As a sum of D products of either sign
-    it grows with the square root of D, so it is divided by that. A causal mask sets the scores of
-    later tokens to minus infinity. Softmax turns each row of scores into weights with the sum 1
-    (computed, not learned). The result is the mix of the values by these weights. (Vaswani et al.
-    2017, "Attention Is All You Need".) Three tokens with two numbers each:
+    also the S - T before them, so that the mask starts that much further right.
+
+    The score of a query and a key is their dot product: how well they agree. As a sum of D products
+    of either sign it grows with the square root of D, so it is divided by that. A causal mask sets
+    the scores of later tokens to minus infinity. Softmax turns each row of scores into weights with
+    the sum 1 (computed, not learned). The result is the mix of the values by these weights.
+    (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens with two numbers each:
 
     >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
     >>> k = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -705,7 +706,7 @@ def loss_of(model, x, addresses, y):
 #
 # Muon (Jordan et al. 2024) is for matrices. A gradient is strong in the few directions that most
 # examples ask for. Muon makes the step equally long in all directions, so that what is rare is
-# learned, too. Of all choices in this file, this one makes training fastest.
+# learned, too.
 
 def orthogonal(matrix):
     """The matrix that stretches all its directions about equally: (rows, columns) -> the same.
@@ -2125,7 +2126,7 @@ def draw_algebra(rng, top, hard=False):
         if re.search("[xy]", problem) and count_signs(problem) <= top:
             return problem
 
-TERM = r"(?:[0-9]{0,2}(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2})"
+TERM = r"(?:(?:[0-9]{0,2}|100)(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|100)"         # 99x-100x nearly cancels
 BRACKET = rf"\(-?{TERM}(?:[-+]{TERM})?\)"
 ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
 PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"

@@ -2126,7 +2126,7 @@ def draw_algebra(rng, top, hard=False):
         if re.search("[xy]", problem) and count_signs(problem) <= top:
             return problem
 
-TERM = r"(?:(?:[0-9]{0,2}|100)(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|100)"         # 99x-100x nearly cancels
+TERM = r"(?:(?:[0-9]{0,2}|100)(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|100)"     # 99x-100x nearly cancels
 BRACKET = rf"\(-?{TERM}(?:[-+]{TERM})?\)"
 ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
 PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"

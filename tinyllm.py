@@ -821,9 +821,7 @@ def save_checkpoint(path, model, optimizers=(), progress=None):
 
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
-    state = read_whole(path)                          # runs no code from the file
-    model = TinyLLM(Config(**state["config"]))
-    model.load_state_dict(state["model"])
+    model, state = read_whole(path)                   # runs no code from the file
     return model.to(device).eval(), state
 
 ######## Step 6-1: writing an answer ###############################################################
@@ -936,7 +934,6 @@ import threading                                                                
 import unicodedata                                                                # noqa: E402
 from collections import Counter                                                   # noqa: E402
 from fractions import Fraction                                                    # noqa: E402
-
 import torch.distributed as dist                                                  # noqa: E402
 
 class InputError(ValueError):
@@ -993,8 +990,7 @@ def typeset(text, language, is_problem=False):
     >>> print(typeset("-3-1/2", LATEX), typeset("(36/9)*4", LATEX), typeset("2*7/23-x^2", LATEX))
     -3\\frac{1}{2} (36 \\div 9) \\times 4 \\frac{2 \\times 7}{23}-x^{2}
     """
-    made = []
-    before = ""
+    made, before = [], ""
     for token in split_tokens(text):
         name, parts = token, [token]
         if token.isdigit() or token in "xy":
@@ -1282,7 +1278,7 @@ def write_whole(path, state):
             os.remove(beside)
 
 def read_whole(path):
-    """Read a checkpoint into a dict, and see that it is one of ours. Raises InputError."""
+    """Read a checkpoint, and see that it is one of ours: (model, state). Raises InputError."""
     try:
         with open(path, "rb") as file:
             data = io.BytesIO(file.read())
@@ -1293,12 +1289,15 @@ def read_whole(path):
         state = torch.load(data, map_location="cpu", weights_only=True)           # runs no code
         is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
         if is_ours:
-            TinyLLM(Config(**state["config"])).load_state_dict(state["model"])
+            model = TinyLLM(Config(**state["config"]))
+            model.load_state_dict(state["model"])
     except Exception as error:                        # a damaged file fails in a dozen ways
         raise InputError(f"{path} is damaged, or no checkpoint; train again") from error
     if not is_ours:
         raise InputError(f"{path} was written by another version of tinyllm; train again")
-    return state
+    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
+        raise InputError(f"{path} holds weights that are not numbers; train again")
+    return model, state
 
 def show_live(text):
     """On a terminal, show a line that the next one replaces, cut to the width."""
@@ -1507,8 +1506,8 @@ def print_row(name="", result=None):
     row = f"{'':26} problems  answers right  workings right  length"
     if result:
         n = max(1, result["problems"])
-        row = (f"{name:26} {n:8}  {result['answers'] / n:13.2%}  {result['workings'] / n:14.2%} "
-               f"{result['length']:7.1f}")
+        row = (f"{name:26} {result['problems']:8}  {result['answers'] / n:13.2%}  "
+               f"{result['workings'] / n:14.2%} {result['length']:7.1f}")
     print(row, flush=True)
 
 def command_eval(checkpoint="tinyllm.pt", problems=1000, target: float = None, device="auto"):
@@ -1662,9 +1661,9 @@ def make_parser():
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     config_help = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M)
-    for name, function in COMMANDS.items():
+    for command, function in COMMANDS.items():
         about = inspect.getdoc(function)
-        sub = commands.add_parser(name, help=about.split("\n")[0])
+        sub = commands.add_parser(command, help=about.split("\n")[0])
         sub.set_defaults(function=function, positional=None)
         texts = {"device": "auto, cpu, cuda or mps", **dict(config_help),
                  **dict(re.findall(r"^(\w+): (.*)", about, re.M))}
@@ -1816,7 +1815,8 @@ def is_true(line):
     problem, *stages = line.split("=")
     kind = KINDS[kind_of(problem)]
     try:
-        return bool(stages) and all(kind.worth(stage) == kind.worth(problem) for stage in stages)
+        right = kind.worth(problem)
+        return bool(stages) and all(kind.worth(stage) == right for stage in stages)
     except ValueError:
         return False
 

@@ -37,6 +37,8 @@ HERE = Path(__file__).parent
 SOURCE = (HERE / "tinyllm.py").read_text(encoding="utf-8")
 SLOW = bool(os.environ.get("TINYLLM_SLOW"))
 slow = pytest.mark.skipif(not SLOW, reason="set TINYLLM_SLOW=1 to run the long tests")
+PROGRAM = [sys.executable, str(HERE / "tinyllm.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = dict(n_layer=2, n_head=2, head_dim=24, n_embd=32, block_size=128)
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_tokens", "128"]
 
@@ -69,9 +71,8 @@ def train(config, path, progress=None, model=None, optimizers=None):
 
 def command(*args, stdin="", **environment):
     """Run the program as a person does, in a folder of its own: exit status, stdout, stderr."""
-    done = subprocess.run([sys.executable, str(HERE / "tinyllm.py"), *map(str, args)], timeout=120,
-                          input=stdin.encode("utf-8"), capture_output=True, cwd=os.environ["TEST_FOLDER"],
-                          env={**os.environ, **environment})
+    done = subprocess.run([*PROGRAM, *map(str, args)], timeout=120, input=stdin.encode("utf-8"), capture_output=True,
+                          cwd=os.environ["TEST_FOLDER"], env={**os.environ, **environment})
     return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_the_file_can_be_read():
     assert end <= TUTORIAL_LINES and len(rows) <= ALL_LINES
     assert [row for row in code if len(row) > 100] == []
 
-TUTORIAL_LINES, ALL_LINES = 920, 2340
+TUTORIAL_LINES, ALL_LINES = 920, 2258
 
 def test_every_example_in_the_file_is_true():
     """Documentation that is run cannot be wrong: all doctests, Step 1's five facts among them."""
@@ -199,35 +200,24 @@ def test_every_generated_line_is_true(kind):
         assert tinyllm.kind_of(problem) == kind and not tinyllm.is_outside(problem, Config()), line
 
 @pytest.mark.parametrize("line", [
-    "(12+3)*4-6=15*4-6=60-6=54",
-    "345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315",
-    "27*345=20*345+7*345=6000+900+(2100+315)=6900+2415=9315",
-    "2345*7=14000+(2100+315)=14000+2415=16415",
-    "16*8=128",
-    "-12*34=-(12*34)=-(12*30+12*4)=-(360+48)=-408",
-    "-3*(-4)=3*4=12", "5-(-9)=5+9=14", "-(-4)=4", "0*(-7)=0",
+    "(12+3)*4-6=15*4-6=60-6=54", "345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315",
+    "27*345=20*345+7*345=6000+900+(2100+315)=6900+2415=9315", "2345*7=14000+(2100+315)=14000+2415=16415", "16*8=128",
+    "-12*34=-(12*34)=-(12*30+12*4)=-(360+48)=-408", "-3*(-4)=3*4=12", "5-(-9)=5+9=14", "-(-4)=4", "0*(-7)=0",
     "1831/23=70+(1831-1610)/23=70+221/23=70+8+(221-184)/23=78+37/23=78+1+(37-23)/23=79+14/23=79+2*7/23=79+14/23",
     "56/7=8+(56-56)/7=8+0/7=8", "23/23=1",
     "5-1831/23=5-70-(1831-1610)/23=-65-221/23=-65-8-(221-184)/23=-73-37/23=-73-1-(37-23)/23=-74-14/23=-74-2*7/23=-74-14/23",
-    "10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2",
-    "-7/2=-(7/2)=-3-(7-6)/2=-3-1/2",
-    "48/84=2*2*2*2*3/(2*2*3*7)=2*2*2*3/(2*3*7)=2*2*3/(3*7)=2*2/7=4/7",
-    "-4/6=-2*2/(2*3)=-2/3", "3/8=3/(2*2*2)=3/8", "3/7=3/7", "5=5",
-    "2*(4-7)=2*(-3)=-(2*3)=-6",
-    "8x+3-5y+2x-7=8x+2x-5y+3-7=10x-5y-4",
-    "3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11",
-    "(x+1)-2=x+1-2=x-1",
-    "(2x-1)^2=4x^2-2x-2x+1=4x^2-4x+1",
-    "3x-3x=0x=0", "5x-5x+2x-y+1=0x+2x-y+1=2x-y+1", "8x-(-5x)=8x+5x=13x", "x+2=x+2",
-    "(x+y)(y-x)=xy-x^2+y^2-xy=-x^2+xy-xy+y^2=-x^2+0xy+y^2=-x^2+y^2",
-])
+    "10/4=2+(10-8)/4=2+2/4=2+2/(2*2)=2+1/2", "-7/2=-(7/2)=-3-(7-6)/2=-3-1/2",
+    "48/84=2*2*2*2*3/(2*2*3*7)=2*2*2*3/(2*3*7)=2*2*3/(3*7)=2*2/7=4/7", "-4/6=-2*2/(2*3)=-2/3", "3/8=3/(2*2*2)=3/8", "3/7=3/7",
+    "5=5", "2*(4-7)=2*(-3)=-(2*3)=-6", "8x+3-5y+2x-7=8x+2x-5y+3-7=10x-5y-4", "3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11",
+    "(x+1)-2=x+1-2=x-1", "(2x-1)^2=4x^2-2x-2x+1=4x^2-4x+1", "3x-3x=0x=0", "5x-5x+2x-y+1=0x+2x-y+1=2x-y+1", "8x-(-5x)=8x+5x=13x",
+    "x+2=x+2", "(x+y)(y-x)=xy-x^2+y^2-xy=-x^2+xy-xy+y^2=-x^2+0xy+y^2=-x^2+y^2"])
 def test_the_notebook(line):
     """The working a pupil would write, for each rule."""
     assert tinyllm.solve_by_rules(line.split("=")[0]) == line
 
 @pytest.mark.parametrize("a, b", [
-    ("12+39", "39+12"), ("7*8", "8*7"), ("5-3", "-3+5"), ("(1+2)*3+4", "4+3*(2+1)"), ("12-39", "39-12"),
-    ("6/3+1", "1+6/3"), ("5-3x", "-3x+5"), ("(x+2)(x-3)", "(-3+x)(2+x)"), ("(x+1)^2", "(1+x)(x+1)")])
+    ("12+39", "39+12"), ("7*8", "8*7"), ("5-3", "-3+5"), ("(1+2)*3+4", "4+3*(2+1)"), ("12-39", "39-12"), ("6/3+1", "1+6/3"),
+    ("5-3x", "-3x+5"), ("(x+2)(x-3)", "(-3+x)(2+x)"), ("(x+1)^2", "(1+x)(x+1)")])
 def test_twins_share_their_side(a, b):
     """A problem and its mirror image are never on different sides, whatever the numbers are."""
     for shift in range(60):
@@ -301,7 +291,7 @@ def test_small_problems_come_first():
     """The curriculum: batches early in the run hold mostly short lines, later ones all lengths."""
     def mean_length(step):
         return sum(x.shape[1] for x, _, _ in batches(Config(), 64, step)) / 64
-    assert mean_length(0) < 0.75 * mean_length(6400)
+    assert mean_length(0) < 0.8 * mean_length(6400)
 
 def test_the_stream_can_start_anywhere():
     """Batch n is the same whether the run got there in one go or was resumed; another seed is another."""
@@ -484,8 +474,7 @@ sys.exit(tinyllm.main(["train", "--force", "--steps", "1", "--out", {str(path)!r
 def test_killed_at_any_moment_the_file_is_whole(tmp_path):
     """SIGKILL at 15 random moments of a run that saves all the time: each time the file loads."""
     path, rng = tmp_path / "model.pt", random.Random(0)
-    program = [sys.executable, str(HERE / "tinyllm.py"), "train", "--force", "--out", str(path), "--steps", "10",
-               "--kinds", "add", *TINY]
+    program = [*PROGRAM, "train", "--force", "--out", str(path), "--steps", "10", "--kinds", "add", *TINY]
     for _ in range(15):
         process = subprocess.Popen(program, stdout=subprocess.PIPE)
         process.stdout.readline()
@@ -497,8 +486,8 @@ def test_killed_at_any_moment_the_file_is_whole(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="sends Ctrl-C as Linux and macOS do")
 def test_ctrl_c_elsewhere_is_a_plain_line(checkpoint):
     """Only `train` says that it saved something."""
-    process = subprocess.Popen([sys.executable, str(HERE / "tinyllm.py"), "ask", "--plain", "--checkpoint", str(checkpoint)],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*PROGRAM, "ask", "--plain", "--checkpoint", str(checkpoint)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write("1+2\n")
     process.stdin.flush()
     process.stdout.readline()
@@ -512,8 +501,7 @@ def test_ctrl_c_saves(tmp_path, presses):
     """Ctrl-C while it trains, and again and again: saved, status 130, the exact command to go on with,
     nothing left behind; and --resume goes on with the same budget."""
     path = tmp_path / "my model \u6a21.pt"
-    program = [sys.executable, str(HERE / "tinyllm.py"), "train", "--out", str(path), "--minutes", "5",
-               "--kinds", "add", *TINY]
+    program = [*PROGRAM, "train", "--out", str(path), "--minutes", "5", "--kinds", "add", *TINY]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONIOENCODING": "cp1252"})       # cannot print that path
     while not process.stdout.readline().lstrip().startswith("step"):
@@ -546,12 +534,10 @@ torch.save((model.state_dict(), seen), {folder!r} + f"/rank{{tinyllm.RANK}}.pt")
 
 @slow
 def test_two_processes_are_one_run_with_a_larger_batch(tmp_path):
-    """torchrun: both end with the same weights, those of one process with the joint batches, and they
-    learn from different problems, none of them held out."""
+    """torchrun: both end with the same weights, those of one process that learns from both batches, and
+    they learn from different problems, none of them held out."""
     (tmp_path / "part.py").write_text(PART.format(here=str(HERE), size=SMALL, folder=str(tmp_path)), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(tmp_path / "part.py")], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*TORCHRUN, str(tmp_path / "part.py")], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (a, seen_a), (b, seen_b) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -563,20 +549,19 @@ def test_two_processes_are_one_run_with_a_larger_batch(tmp_path):
     one = TinyLLM(config)
     optimizers = tinyllm.make_optimizers(one, config)
     for step, pair in enumerate(zip(seen_a, seen_b)):
-        T = max(x.shape[1] for x, _, _ in pair)
+        one.zero_grad()
+        for batch in pair:
+            (tinyllm.loss_of(one, *batch) / 2).backward()
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * tinyllm.lr_factor(step, step / 3, config)
-        padded = [(F.pad(x, (0, T - x.shape[1])), F.pad(addresses, (0, 0, 0, T - x.shape[1])),
-                   F.pad(y, (0, T - y.shape[1]), value=-100)) for x, addresses, y in pair]
-        tinyllm.learn(one, optimizers, *map(torch.cat, zip(*padded)))
+            optimizer.step()
     assert all(torch.allclose(one.state_dict()[name], a[name], atol=2e-4) for name in a)
 
 @slow
 def test_torchrun_from_the_command_line(tmp_path):
     """`torchrun tinyllm.py train`: one process prints and saves, and the checkpoint is like any other."""
     path = tmp_path / "model.pt"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(HERE / "tinyllm.py"), "train", "--steps", "10", "--out", str(path), *TINY],
+    done = subprocess.run([*TORCHRUN, PROGRAM[1], "train", "--steps", "10", "--out", str(path), *TINY],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stdout.count("Before training") == 1, done.stderr
     assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] == 10
@@ -615,7 +600,7 @@ def test_no_calculator(monkeypatch):
     """Writing never touches the rules: without any of them, the model writes the same line."""
     model, problems = small_model(), ["12*34", "7/2", "5-9"]
     expected = tinyllm.solve(model, problems)
-    for name in ("Reader", "KINDS", "solve_by_rules", "exact_value", "is_true", "check"):
+    for name in ("read", "KINDS", "solve_by_rules", "exact_value", "is_true", "check"):
         monkeypatch.setattr(tinyllm, name, None)
     assert tinyllm.solve(model, problems) == expected
 
@@ -645,19 +630,17 @@ def test_look_shows_the_weights_of_the_model():
 
 @pytest.mark.parametrize("stage, latex", [
     ("-408", "-408"), ("12*34", r"12 \times 34"), ("1831/23", r"1831 \div 23"), ("14/23", r"\frac{14}{23}"),
-    ("-2/3", r"-\frac{2}{3}"), ("79+14/23", r"79\frac{14}{23}"), ("-3-1/2", r"-3\frac{1}{2}"),
+    ("-2/3", r"-\frac{2}{3}"), ("79+14/23", r"79+\frac{14}{23}"), ("-3-1/2", r"-3-\frac{1}{2}"),
     ("5-3+1/2", r"5-3+\frac{1}{2}"), ("5-1/2", r"5-\frac{1}{2}"), ("70+221/23", r"70+221 \div 23"),
     ("70+(1831-1610)/23", r"70+(1831-1610) \div 23"), ("(36/9)-31", r"(36 \div 9)-31"), ("5*(-3)", r"5 \times (-3)"),
-    ("2*(3+1/2)", r"2 \times \left(3\frac{1}{2}\right)"), ("2*2*3/(3*7)", r"\frac{2 \times 2 \times 3}{3 \times 7}"),
-    ("3x^2-xy", "3x^{2}-xy"), ("(2x-1)^2", "(2x-1)^{2}"), ("2(x+3)(y-1)", "2(x+3)(y-1)"), ("-(x-2)", "-(x-2)"),
-])
+    ("2*(3+1/2)", r"2 \times \left(3+\frac{1}{2}\right)"), ("2*2*3/(3*7)", r"\frac{2 \times 2 \times 3}{3 \times 7}"),
+    ("3x^2-xy", "3x^{2}-xy"), ("(2x-1)^2", "(2x-1)^{2}"), ("2(x+3)(y-1)", "2(x+3)(y-1)"), ("-(x-2)", "-(x-2)")])
 def test_latex_of_every_construct(stage, latex):
     """What a teacher would write on the board, for each construct."""
     assert tinyllm.typeset(stage, tinyllm.LATEX) == latex
 
 def test_latex_and_mathml_are_well_formed():
-    """600 workings and some nonsense: braces and tags balance, no raw * or /, no number is lost; a sum
-    that a person has written is no mixed number."""
+    """600 workings and some nonsense: braces and tags balance, no raw * or /, no number is lost."""
     for line in [*(line for kind in tinyllm.KINDS for line in lines(kind, 100)), "1+2=3+^=)3(=x^3"]:
         latex = tinyllm.to_latex(line)
         assert latex.count("{") == latex.count("}") and latex.count(r"\left(") == latex.count(r"\right)") or "^" in line
@@ -666,14 +649,13 @@ def test_latex_and_mathml_are_well_formed():
             root = ElementTree.fromstring(f"<math>{tinyllm.typeset(stage, tinyllm.MATHML)}</math>")
             numbers = [node.text for node in root.iter("mn")]
             assert numbers == re.findall("[0-9]+", stage) or "^" in stage
-    assert tinyllm.typeset("2+3/4", tinyllm.LATEX, is_problem=True) == r"2+\frac{3}{4}"
 
 @pytest.mark.parametrize("text, problem", [
     (" 12 * 34 = ", "12*34"), ("12\u00d734", "12*34"), ("\uff11\uff12\uff0a\uff13\uff14\uff1d", "12*34"), ("012*0034", "12*34"),
     ("3\u00b74", "3*4"), ("3\u22174", "3*4"), ("1\u20442", "1/2"), ("3\u20132", "3-2"), ("\ufeff1+1", "1+1"), ("6:3", "6/3"),
     ("[1+2]*{3-1}", "(1+2)*(3-1)"), ("6,358+1", "6358+1"), ("+5", "5"), ("5--3", "5-(-3)"), ("5+-3", "5+(-3)"),
-    ("((38+47)-71)", "(38+47)-71"), ("2(3+4)", "2*(3+4)"), ("(1+2)(3+4)", "(1+2)*(3+4)"), ("-5+3", "-5+3"),
-    ("2*x", "2x"), ("x*2", "2x"), ("3 x", "3x"), ("X\u00b2 + \uff58", "x^2+x"), ("x**2", "x^2"), ("(x+1)*3", "3(x+1)"),
+    ("((38+47)-71)", "(38+47)-71"), ("2(3+4)", "2*(3+4)"), ("(1+2)(3+4)", "(1+2)*(3+4)"), ("-5+3", "-5+3"), ("2*x", "2x"),
+    ("x*2", "2x"), ("3 x", "3x"), ("X\u00b2 + \uff58", "x^2+x"), ("x**2", "x^2"), ("(x+1)*3", "3(x+1)"),
     ("(x+2)*(x-3)", "(x+2)(x-3)"), ("x*y", "xy"), ("6/2*x", "6/2*x"), ("3x*4x", "3x*4x"), ("(36/9)-31", "(36/9)-31")])
 def test_forgiving_input(text, problem):
     """What leaves no doubt is asked in the form that was learned, and what is asked is worth the same."""
@@ -681,10 +663,10 @@ def test_forgiving_input(text, problem):
 
 @pytest.mark.parametrize("text, words", [
     ("12+a", "unknown character 'a'.* x and y"), ("12+x\u00b3", "SUPERSCRIPT THREE"), ("3\u00bd", "FRACTION ONE HALF"),
-    ("(1+2", "closing bracket is missing"), ("1+2)", "operator is missing before \\)"), ("1+", "at the end"),
-    ("1++2", "missing before"), ("x2", "operator is missing"), ("3^2", "only letters"), ("(1+2)\u00b2", "only letters"),
-    ("(2)^2+x", "only letters"), ("x^3", "only letters"), ("2**3", "only letters"), ("x*x*x", "up to x\\^2"),
-    ("(x^2)^2", "up to x\\^2"), ("(2x+4)/2", "letters cannot be divided"), ("6/2(1+2)", "two ways"), ("6/2x", "two ways"),
+    ("(1+2", "bracket its partner"), ("1+2)", "bracket its partner"), ("1+", "two sides"), ("1++2", "two sides"),
+    ("x2", "3x for x3"), ("3^2", "only letters"), ("(1+2)\u00b2", "only letters"), ("(2)^2+x", "only letters"),
+    ("x^3", "x\\^2 for a square"), ("2**3", "x\\^2 for a square"), ("x*x*x", "up to x\\^2"), ("(x^2)^2", "up to x\\^2"),
+    ("(2x+4)/2", "letters cannot be divided"), ("6/2(1+2)", "behind a division"), ("6/2x", "behind a division"),
     ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("1/0", "division by zero"), ("3.5*2", "unknown"),
     ("3*(1/(2-2))", "division by zero"), ("1=1", "without ="), ("3,5", "decimals"), ("(" * 150 + "1" + ")" * 150, "parts"),
     ("9" * 10_000, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
@@ -791,20 +773,22 @@ def test_the_page_answers_a_problem(page):
     reply = json.loads(text)
     line = tinyllm.solve(small_model(), ["48x-53x"])[0]
     assert status == 200 and tinyllm.reverse_numbers(reply["read"]) == line and reply["right"] is False
-    assert len(reply["stages"]) == line.count("=") and len(reply["weights"]) == len(reply["next"]) == len(line) + 1 - reply["start"]
-    for t, (heads, likeliest) in enumerate(zip(reply["weights"], reply["next"]), reply["start"]):
-        assert [len(head) for head in heads] == [t] * 4
-        assert t == len(line) or likeliest[0][0] == reply["read"][t]                   # greedy
+    assert len(reply["stages"]) == line.count("=") and len(reply["tokens"]) == len(line) + 1 - reply["start"]
+    for t, token in enumerate(reply["tokens"], reply["start"]):
+        assert [len(head) for head in token["heads"]] == [t] * 4
+        assert t == len(line) or token["next"][0][0] == reply["read"][t]               # greedy
 
 @pytest.mark.parametrize("method, path, text, headers, status", [
-    ("GET", "/etc/passwd", None, {}, 404), ("POST", "/", "{}", {}, 404), ("PUT", "/", "{}", {}, 501),
+    ("GET", "/etc/passwd", None, {}, 404), ("POST", "/", "{}", {}, 404), ("PUT", "/", "{}", {}, 404),
     ("GET", "/", None, {"Host": "evil.example:8000"}, 403), ("GET", "/", None, {"Host": "evil.example"}, 403),
-    ("GET", "/", None, {"Host": ""}, 403), ("GET", "/", None, {"Host": "localhost"}, 403), ("POST", "/solve", '{"problem": ["1"]}', {}, 400), ("POST", "/solve", "{}", {"Origin": "http://evil.example"}, 403),
+    ("GET", "/", None, {"Host": ""}, 403), ("GET", "/", None, {"Host": "localhost"}, 403),
+    ("POST", "/solve", '{"problem": ["1"]}', {}, 400), ("POST", "/solve", "{}", {"Origin": "http://evil.example"}, 403),
     ("POST", "/solve", "{}", {"Origin": "null"}, 403), ("POST", "/solve", body("1+1") + " " * 10000, {}, 413),
-    ("POST", "/solve", "[" * 4000, {}, 400), ("POST", "/solve", "12+34", {}, 400), ("POST", "/solve", '{"problem": 12}', {}, 400),
-    ("POST", "/solve", "{}", {"Content-Length": "-1"}, 413), ("POST", "/solve", b"\xff\xfe", {}, 400),
-    ("POST", "/solve", body("12+"), {}, 422), ("POST", "/solve", body("1+" * 150 + "1"), {}, 422),
-    ("POST", "/solve", body("<script>"), {}, 422), ("POST", "/solve", body("1/0"), {}, 422)])
+    ("POST", "/solve", "[" * 4000, {}, 400), ("POST", "/solve", "12+34", {}, 400),
+    ("POST", "/solve", '{"problem": 12}', {}, 400), ("POST", "/solve", "{}", {"Content-Length": "-1"}, 413),
+    ("POST", "/solve", b"\xff\xfe", {}, 400), ("POST", "/solve", body("12+"), {}, 422),
+    ("POST", "/solve", body("1+" * 150 + "1"), {}, 422), ("POST", "/solve", body("<script>"), {}, 422),
+    ("POST", "/solve", body("1/0"), {}, 422)])
 def test_the_page_refuses(page, method, path, text, headers, status):
     """Foreign hosts and origins, other paths, long or broken requests, and what is no problem."""
     found, answer_headers, answer = page[1](method, path, text, **headers)
@@ -856,8 +840,8 @@ def test_a_pipe_is_answered_line_by_line(checkpoint):
     status, out, _ = command("ask", "--plain", "--checkpoint", checkpoint, stdin="1+2\n1/0\n\n\uff13\u00d74\nz\n5-6")
     rows = out.splitlines()
     assert status == 2 and [row.split("=")[0].split(":")[0] for row in rows] == ["1+2", "error", "error", "3*4", "error", "5-6"]
-    process = subprocess.Popen([sys.executable, str(HERE / "tinyllm.py"), "ask", "--plain", "--checkpoint", str(checkpoint)],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*PROGRAM, "ask", "--plain", "--checkpoint", str(checkpoint)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for problem in ("1+2", "3+4"):
         process.stdin.write(problem + "\n")
         process.stdin.flush()
@@ -873,14 +857,15 @@ def test_ask_shows_and_checks_each_stage(checkpoint):
     assert status == 0 and out.startswith(r"\begin{align*}") and "NOT the right answer: 12+39=" in err
 
 @pytest.mark.parametrize("args, words", [
-    ("ask 12+\u00b3", "SUPERSCRIPT THREE"), ("ask (1+2", "closing bracket"), ("ask 1/(2-2)", "division by zero"),
+    ("ask 12+\u00b3", "SUPERSCRIPT THREE"), ("ask (1+2", "bracket its partner"), ("ask 1/(2-2)", "division by zero"),
     ("ask 1 --checkpoint no.pt", "is not there"), ("train --minutes 0", "--minutes"), ("train --steps 0", "--steps 0"),
-    ("frobnicate", "invalid choice"), ("train --out no/such/folder/x.pt", "cannot write"), ("train --steps many", "invalid int"),
-    ("train --seed 99999999999999999999", "--seed"), ("train --weight_decay nan", "--weight_decay"), ("train --flat 1", "--flat"),
-    ("train --kinds add,calculus", "add sub mul div expr algebra"), ("train --head_dim 20", "multiple of 8"), ("train --out .", "file"),
-    ("train --block_size 32", "too short"), ("eval --problems 0", "--problems"), ("eval --target 95", "0 to 1"),
-    ("data --count -1", "--count"), ("serve --host no.such.host", "no.such.host"), ("train --out /dev/null --force", "plain file"),
-    ("ask 1 --device cuda:7", "no such device")])
+    ("frobnicate", "invalid choice"), ("train --out no/such/folder/x.pt", "cannot write"),
+    ("train --steps many", "invalid int"), ("train --seed 99999999999999999999", "--seed"),
+    ("train --weight_decay nan", "--weight_decay"), ("train --flat 1", "--flat"),
+    ("train --kinds add,calculus", "add sub mul div expr algebra"), ("train --head_dim 20", "multiple of 8"),
+    ("train --out .", "file"), ("train --block_size 32", "too short"), ("eval --problems 0", "--problems"),
+    ("eval --target 95", "0 to 1"), ("data --count -1", "--count"), ("serve --host no.such.host", "no.such.host"),
+    ("train --out /dev/null --force", "plain file"), ("ask 1 --device cuda:7", "no such device")])
 def test_errors_are_sentences(args, words, checkpoint, capsys):
     """Bad input: one line on stderr that says what to do; status 2, and nothing is written."""
     args = args.split()

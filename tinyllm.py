@@ -52,7 +52,7 @@ import time
 import warnings
 import zlib
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")          # it is not needed
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # NumPy is not needed
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C ends it quietly while torch is loaded
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads soon sleep, for other programs
@@ -71,7 +71,7 @@ def five_facts():
     >>> a = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     >>> a.shape, a.dtype, torch.zeros(2, dtype=torch.long)       # long: whole numbers, such as ids
     (torch.Size([2, 3]), torch.float32, tensor([0, 0]))
-    >>> (a @ a.T).shape                               # matrix product: (2, 3) @ (3, 2) -> (2, 2)
+    >>> (a @ a.T).shape         # matrix product, of the last two axes: (2, 3) @ (3, 2) -> (2, 2)
     torch.Size([2, 2])
     >>> a + torch.tensor([10.0, 0.0, 0.0])      # broadcasting: shapes are aligned at the right
     tensor([[11.,  2.,  3.],
@@ -86,7 +86,7 @@ def five_facts():
     tensor(27.)
 
     Fact 2. A tensor and a NumPy array can share their memory: torch.from_numpy(array) and
-    tensor.numpy() copy nothing. (NumPy is not needed below.)
+    tensor.numpy() copy nothing. (Nothing below needs NumPy.)
 
     Fact 3. PyTorch records what is done to a tensor with requires_grad. backward() follows the
     record back and finds the gradient: how the result changes when the tensor changes a little. By
@@ -94,7 +94,7 @@ def five_facts():
 
     >>> w = torch.tensor(2.0, requires_grad=True)
     >>> (w ** 2 + 3 * w).backward()
-    >>> w.grad
+    >>> w.grad                          # (under no_grad() or inference_mode() nothing is recorded)
     tensor(7.)
 
     Fact 4. A network is a class, an nn.Module. What its __init__ assigns to self, layers or
@@ -144,10 +144,11 @@ def five_facts():
 #       |
 #     embedding          Each id becomes a vector of C numbers, a row of a table. The rows are
 #       |                learned: tokens that behave alike end up with vectors that are alike.
-#     block  x n_layer   Attention: a token LOOKS at earlier tokens and takes what it needs. It asks
-#       |                a query ("I write the tens digit: where are the tens?"). Each earlier token
+#     block  x n_layer   Attention: a token LOOKS at itself and at earlier ones and takes what it
+#       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
-#       |                key agree, the value flows.
+#       |                key agree, the value flows. All three are vectors of D numbers: the token's
+#       |                vector times a learned matrix, one for each of the three.
 #       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
 #       |                Both ADD their result to the token's vector: x = x + attention(x), then
 #       |                x = x + mlp(x). This sum through all blocks is the residual stream.
@@ -213,20 +214,22 @@ def decode(ids, ones_first=True):
 # see far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 to about 2 / base."""
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
     angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
     return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
 
 def rotate(x, turns):
-    """Turn vectors: x (B, T, H, D) and turns (B, T, 1, D/2), the same for all heads -> like x."""
+    """Turn the vectors of all H heads (Step 3-3) alike: x (B, T, H, D), turns (B, T, 1, n_pairs),
+    where n_pairs is D/2 -> the shape of x.
+    """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2); -1: what fits
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)               # (B, T, H, D)
 
 # For a calculation there is something better than a column: an address, like a cell of a table.
 #
 #     stage   how many "=" stand before the token
-#     slot    how many signs and letters stand before it in its stage; a sign ends the slot it is in
+#     slot    how many signs and letters stand before it in its stage; each ends the slot it is in
 #     place   which character of its slot it is: in a number the ones have place 1, the tens place 2
 #             (McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings")
 #
@@ -269,7 +272,8 @@ def find_addresses(ids):
 # A model that has only seen numbers of ten digits learns that they end at place 10, and fails at
 # place 11. So in training each line numbers its places in its own way, with gaps: 1, 2, 3 or 1, 3,
 # 4 or 1, 3, 5. Ten digits then reach up to place 19, and a place means nothing but "the same" and
-# "higher", which is all that adding needs. (Ruoss et al. 2023, "Randomized Positional Encodings".)
+# "higher". That is enough: digits of the same place are added, and the carry comes from the nearest
+# lower place, the one just written. (Ruoss et al. 2023, "Randomized Positional Encodings".)
 
 def with_gaps(addresses, gap, rng):
     """Number the places of a line anew, for all its numbers alike: each 1 to `largest` above the
@@ -285,8 +289,7 @@ def with_gaps(addresses, gap, rng):
 
 def attention(q, k, v):
     """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
-    attention weights (..., T, S). S tokens can be looked at: in training the T of q; in writing
-    also the S - T before them, so that the mask starts that much further right.
+    attention weights (..., T, S). In training S is T.
 
     The score of a query and a key is their dot product: how well they agree. As a sum of D products
     of either sign it grows with the square root of D, so it is divided by that. A causal mask sets
@@ -314,6 +317,9 @@ def attention(q, k, v):
     tensor([[10.0000,  0.0000],
             [ 1.9557,  8.0443],
             [ 9.2071,  0.7929]])
+
+    In writing (Step 6-1) q is of the newest token, and k and v also of the S - T before it, which
+    were kept. So the mask starts that much further right.
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)                     # (..., T, S)
@@ -337,16 +343,17 @@ class CausalSelfAttention(nn.Module):
         self.query = nn.Linear(config.n_embd, inner, bias=False)
         self.key = nn.Linear(config.n_embd, inner, bias=False)
         self.value = nn.Linear(config.n_embd, inner, bias=False)
-        self.out = nn.Linear(inner, config.n_embd, bias=False)
+        self.out = nn.Linear(inner, config.n_embd, bias=False)   # the heads' finds, as C numbers
         self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))
-        nn.init.zeros_(self.out.weight)               # a new block adds nothing: a simple start
+        nn.init.zeros_(self.out.weight)      # at first it adds nothing (its gradient is not 0)
 
     def forward(self, x, turns, cache=None):
         q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
         k = self.key(x).unflatten(-1, (self.n_head, -1))
         v = self.value(x).unflatten(-1, (self.n_head, -1))
-        # layer_norm: mean 0 and spread 1, so one length for all; no score can run away (QK-norm,
-        # Henry et al. 2020). How sharply a head looks is then one learned number, its gain.
+        # layer_norm brings the D numbers of a vector (the last axis) to mean 0 and spread 1, so to
+        # one length; no score can run away (QK-norm, Henry et al. 2020). How sharply a head looks
+        # is then one learned number, its gain.
         q = self.gain * rotate(F.layer_norm(q, q.shape[-1:]), turns[:, 1:])       # next address
         k = rotate(F.layer_norm(k, k.shape[-1:]), turns[:, :-1])                  # own address
         if cache:
@@ -424,7 +431,7 @@ class TinyLLM(nn.Module):
 
     >>> logits = model(ids)[0, -1]                    # (V,)
     >>> loss = F.cross_entropy(logits, torch.tensor(ID["5"]))
-    >>> 0.03 < logits.softmax(-1)[ID["5"]].item() < 0.07, 2.7 < loss.item() < 3.4
+    >>> 0.01 < logits.softmax(-1)[ID["5"]].item() < 0.15, 2 < loss.item() < 4     # 1/21 and ln 21
     (True, True)
     >>> sum(p.numel() for p in model.parameters())    # weights in all
     807448
@@ -440,7 +447,7 @@ class TinyLLM(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, len(VOCAB), bias=False)
         for layer in (self.token, self.place, self.slot, self.head):
-            nn.init.normal_(layer.weight, std=0.02)   # small: all logits start near 0
+            nn.init.normal_(layer.weight, std=0.02)   # small, so that the logits start near 0
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
@@ -488,8 +495,8 @@ class TinyLLM(nn.Module):
 #     algebra  3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11
 #
 # A problem has a size: in the first four kinds the digits of its longest number, in the others its
-# signs. Lengths are drawn evenly, not values: nearly all numbers below 10^10 have ten digits, and
-# short ones would never come.
+# signs. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits, and
+# short ones would hardly ever come.
 
 def draw_number(rng, n_digits):
     """A number of n digits (one digit: 0 to 9)."""
@@ -535,17 +542,16 @@ class Kind:
     practice: dict = dataclasses.field(default_factory=dict)     # name -> (share, draw): appendix
     size: callable = lambda problem: longest_number(problem)     # problem -> its size
     stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
-    worth: callable = lambda text: exact_value(text)             # the same for all stages of a line
-    is_answer: callable = lambda text: is_simple(text)           # is it done: 54, 23+1/7, 4x-11?
+    worth: callable = lambda text: exact_value(text)     # the answer: the same for all stages
     is_drawn: callable = lambda problem: True                    # if not, `ask` warns
 
 SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-7)
 LONG = (11, 12, 14, 16, 18, 20)
 KINDS = {
     "add": Kind(functools.partial(draw_sum, "+"), rf"-?[0-9]+\+{SECOND}", range(1, 11), LONG, 0.5),
-    "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.6),
+    "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.85),
     "mul": Kind(draw_product, rf"-?[0-9]+\*{SECOND}", range(1, 4), (4,), 0.9),
-    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 1.9),
+    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 2.0),
 }                                                     # the appendix adds expr and algebra
 
 def kind_of(problem):
@@ -556,8 +562,9 @@ def kind_of(problem):
     """
     return next(name for name, kind in KINDS.items() if re.fullmatch(kind.looks, problem))
 
-# One problem in ten is held out: never trained on, so that we can ask what the model cannot have
-# learned by heart. A number computed from the text decides, the same for every seed.
+# One problem in ten is held out: never given in training, so that we can ask what the model cannot
+# have learned by heart. (As a stage of a longer line it may turn up, which is rare except for small
+# numbers.) A number computed from the text decides, the same for every seed.
 
 def is_held_out(problem):
     """Is this problem kept for evaluation? 12+39 and 39+12 are one problem, and share their side.
@@ -645,7 +652,7 @@ class ProblemStream(IterableDataset):
     up: that is padding, and wasted work. So a pool of 64 batches is drawn and sorted by length
     first. In a run of a set number of steps, pool n depends on n and the seed alone, so that a run
     that was stopped goes on as it would have. rank: which of the n_processes that train together
-    this one is (Step 7-5).
+    this one is (Step 7-5). (A DataLoader there goes through this IterableDataset.)
     """
     POOL = 64
 
@@ -698,23 +705,25 @@ def loss_of(model, x, addresses, y):
     # autocast: matrix products with half the bits, where that is faster
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device.type)):
         logits = model(x, addresses)                                              # (B, T, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())             # (B*T, V), (B*T,)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())    # it skips -100 in y (B*T,)
 
 # AdamW (Loshchilov and Hutter 2017) improves on plain gradient descent in two ways. It follows the
 # mean of the last gradients, called momentum, so that chance is averaged out. And it divides by how
-# large a weight's gradients usually are, so that all weights move at a like pace.
+# large a weight's gradients usually are, so that all weights move at a like pace. (W is for weight
+# decay: each step shrinks all weights a little, so that one that is of no use fades.)
 #
 # Muon (Jordan et al. 2024) is for matrices. A gradient is strong in the few directions that most
 # examples ask for. Muon makes the step equally long in all directions, so that what is rare is
 # learned, too.
 
 def orthogonal(matrix):
-    """The matrix that stretches all its directions about equally: (rows, columns) -> the same.
+    """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
 
     A matrix stretches space along certain directions; its singular values s say how much along
     each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7 and
-    1.2, if it was not tiny. In x @ x.T @ x each s is s^3, so matrix products suffice (Newton-Schulz
-    iteration).
+    1.2, if it was not tiny; a search found these three numbers. Matrix products suffice for that: x
+    stretches by s, x.T leads back by s, and x once more, so x @ x.T @ x has s^3 (Newton-Schulz
+    iteration). You may take this function on trust.
 
     >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
     >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
@@ -731,9 +740,7 @@ def orthogonal(matrix):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum whose steps are made orthogonal. (torch.optim.Muon does the
-    same in bfloat16, which many processors multiply very slowly.)
-    """
+    """Gradient descent with momentum whose steps are made orthogonal, as torch.optim.Muon does."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -742,11 +749,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                # state: what the optimizer keeps for each weight, at first zeros
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                # a.lerp(b, w) is (1 - w) a + w b; group: here only one, with the weights and lr
-                mean.lerp_(p.grad, 1 - group["momentum"])
+                mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
                 size = max(1, len(p) / p.shape[1]) ** 0.5        # a tall matrix takes longer steps
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
@@ -762,8 +769,8 @@ def make_optimizers(model, config):
 def lr_factor(step, done, config):
     """What the learning rates are multiplied by, when the part `done` (0 to 1) of the run is over.
 
-    They rise (warm-up), stay, and fall in a straight line to 2%: the small steps at the end help
-    most.
+    They rise, as the optimizers' means are still empty (warm-up), stay, and fall in a straight line
+    to 2%: small steps settle what large ones leave shaking.
 
     >>> [round(lr_factor(step, step / 1000, Config()), 2) for step in (0, 49, 99, 400, 700, 1000)]
     [0.01, 0.5, 1.0, 1.0, 0.51, 0.02]
@@ -773,12 +780,9 @@ def lr_factor(step, done, config):
 
 ######## Step 5-2: the training loop ###############################################################
 
-def learn(model, optimizers, x, addresses, y, weight=1.0):
-    """One optimizer step on one batch: the five lines that are all of deep learning.
-
-    weight: 1, unless several processes train together (Step 7-5). Returns the loss.
-    """
-    loss = loss_of(model, x, addresses, y) * weight
+def learn(model, optimizers, x, addresses, y):
+    """One optimizer step on one batch: the five lines that are all of deep learning. -> the loss"""
+    loss = loss_of(model, x, addresses, y)
     model.zero_grad(set_to_none=True)                 # forget the gradients of the last batch
     loss.backward()                                   # the gradient of the loss for every weight
     for optimizer in optimizers:
@@ -789,13 +793,13 @@ def fit(model, optimizers, progress, out, report=None):
     """Train a model. Run (Step 7-5) takes batches from ProblemStream until the run is over, counts
     steps in `progress`, shows rows by `report`, saves to `out` at every tenth and at Ctrl-C.
     """
-    with Run(model, optimizers, progress, out, report) as run:
-        for x, addresses, y in run.batches():
-            factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
-            loss = learn(run.network, optimizers, x, addresses, y, run.weight)   # network: model
-            run.note(loss, x.numel())
+    run = Run(model, optimizers, progress, out, report)
+    for x, addresses, y in run.batches():
+        factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
+        for optimizer in optimizers:                  # defaults: the rate that it was made with
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
+        # network: the model, or where processes train together what averages their gradients
+        run.note(learn(run.network, optimizers, x, addresses, y), x.numel())
 
 ######## Step 5-3: watching it learn ###############################################################
 #
@@ -830,7 +834,7 @@ def load_checkpoint(path, device="cpu"):
 def generate(model, prompt, max_tokens=None):
     """Greedy decoding: continue a list of ids with the likeliest token, again and again, until END.
 
-    It knows nothing of arithmetic: it would serve any model.
+    This function knows nothing of arithmetic: the model could have learned any texts.
     """
     ids = list(prompt)
     while len(ids) < (max_tokens or model.config.block_size):
@@ -888,15 +892,14 @@ def solve(model, problems, batch_size=500, max_tokens=None):
 def check(line):
     """Was a line that the model wrote right? (answer, working). This happens after the fact.
 
-    The answer is right if the last stage is done (see Kind) and worth what the problem is worth;
-    the working is right if all its stages are worth that, too.
+    The answer is right if it is what the problem is worth (see Kind), written in the one form that
+    an answer has; the working is right if the answer is and all stages are worth the same.
 
     >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12"), check("7-7=-0")
     ((True, True), (True, False), (False, False), (False, False))
     """
     problem, *stages = line.split("=")
-    is_answer = bool(stages) and KINDS[kind_of(problem)].is_answer(stages[-1])
-    answer = is_answer and is_true(f"{problem}={stages[-1]}")
+    answer = stages[-1:] == [KINDS[kind_of(problem)].worth(problem)]
     return answer, answer and is_true(line)
 
 def evaluate(model, problems):
@@ -922,16 +925,19 @@ def evaluate(model, problems):
 ######## Step 7-1: what the model looked at ########################################################
 
 import argparse                                                                   # noqa: E402
+import ast                                                                        # noqa: E402
 import contextlib                                                                 # noqa: E402
-import http.server                                                                # noqa: E402
+import http                                                                       # noqa: E402
 import inspect                                                                    # noqa: E402
 import io                                                                         # noqa: E402
 import itertools                                                                  # noqa: E402
 import json                                                                       # noqa: E402
 import secrets                                                                    # noqa: E402
 import shlex                                                                      # noqa: E402
+import socketserver                                                               # noqa: E402
 import threading                                                                  # noqa: E402
 import unicodedata                                                                # noqa: E402
+import wsgiref.simple_server                                                      # noqa: E402
 from collections import Counter                                                   # noqa: E402
 from fractions import Fraction                                                    # noqa: E402
 import torch.distributed as dist                                                  # noqa: E402
@@ -953,19 +959,20 @@ def to_digits(weights):
     """Weights of 0 to 1 as a digit each: 0, 0.15, 1 is "019"."""
     return "".join(str(min(9, int(10 * weight))) for weight in weights.tolist())
 
-def look(model, line, width=79):
+def look(model, line, width=74):
     """A picture of the head that looks sharply at most places: a row for each character that was
-    written, a column for each before it; the darker the sign, the larger the weight.
+    written, a column for each before it. Long lines come in blocks of `width` columns.
     """
     text, weights, _ = watch(model, line)
     start = text.index("=")
-    sharpness = weights[:, :, start:].amax(2).sum(-1)                             # (n_layer, H)
+    # tril(-2): a look at itself or at its neighbour does not count
+    sharpness = weights.tril(-2)[:, :, start:].amax(2).sum(-1)                    # (n_layer, H)
     layer, head = divmod(sharpness.argmax().item(), sharpness.shape[1])
     rows = [f"layer {layer + 1}, head {head + 1}; a weight of 0 to 1 is one of these: ' .:-=+*#%@'"]
-    for left in range(0, len(text), width - 5):       # a long line is shown in blocks
-        rows.append("     " + text[left:left + width - 5])
+    for left in range(0, len(text), width):
+        rows.append("     " + text[left:left + width])
         for t in range(max(start, left), len(text)):
-            digits = to_digits(weights[layer, head, t, :t + 1])[left:left + width - 5]
+            digits = to_digits(weights[layer, head, t, :t + 1])[left:left + width]
             shades = digits.translate(str.maketrans("0123456789", " .:-=+*#%@"))
             rows.append(f"{(text + ' ')[t + 1]:>3}  {shades}".rstrip())
     return "\n".join(rows)
@@ -976,37 +983,29 @@ def look(model, line, width=79):
 
 LATEX, MATHML = 0, 1
 WRITTEN = {"number": ("{}", "<mn>{}</mn>"), "letter": ("{}", "<mi>{}</mi>"),
-           "square": ("{}^{{2}}", "<msup>{}<mn>2</mn></msup>"),
            "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac><mrow>{}</mrow><mrow>{}</mrow></mfrac>"),
-           "+": ("+", "<mo>+</mo>"), "-": ("-", "<mo>&#x2212;</mo>"),
-           "*": (r" \times ", "<mo>&#xD7;</mo>"), "/": (r" \div ", "<mo>&#xF7;</mo>"),
-           "(": ("(", "<mo>(</mo>"), ")": (")", "<mo>)</mo>"),
-           "unread": (r"\mathtt{{{}}}", "<mtext>{}</mtext>")}
+           "square": ("{}^{{2}}", "<msup>{}<mn>2</mn></msup>"), "sign": ("{}", "<mo>{}</mo>"),
+           "*": (r" \times ", "<mo>&#xD7;</mo>"), "-": ("-", "<mo>&#x2212;</mo>"),
+           "/": (r" \div ", "<mo>&#xF7;</mo>"), "division": (r"{} \div {}", "{}<mo>&#xF7;</mo>{}")}
 
-def typeset(text, language, is_problem=False):
-    """A stage as LaTeX or MathML. 1/2 is a fraction, 7/2 a division, 3+1/2 a mixed number (but not
-    in a problem: there a person has written a sum).
+def typeset(text, language):
+    """A stage as LaTeX or MathML. 1/2 is printed as a fraction, 7/2 as a division.
 
-    >>> print(typeset("-3-1/2", LATEX), typeset("(36/9)*4", LATEX), typeset("2*7/23-x^2", LATEX))
-    -3\\frac{1}{2} (36 \\div 9) \\times 4 \\frac{2 \\times 7}{23}-x^{2}
+    >>> print(typeset("(36/9)*4", LATEX), typeset("3+2*7/23", LATEX), typeset("7/2-x^2", LATEX))
+    (36 \\div 9) \\times 4 3+\\frac{2 \\times 7}{23} 7 \\div 2-x^{2}
     """
-    made, before = [], ""
-    for token in split_tokens(text):
-        name, parts = token, [token]
+    shown = ""
+    for token in re.findall(rf"{FRACTION}|[xy)]\^2|[0-9]+|.", text):
+        name, parts = token if token in WRITTEN else "sign", [token]
         if token.isdigit() or token in "xy":
             name = "number" if token.isdigit() else "letter"
-        elif token == "^2" and made:
-            name, parts = "square", [made.pop()]
-        elif "/" in token and len(token) > 1:
-            sides_of_line = [part.strip("()") for part in token.split("/")]
-            name, parts = "fraction", [typeset(side, language) for side in sides_of_line]
-            if not is_problem and re.search(r"(^|\()([1-9][0-9]*\+|-[1-9][0-9]*-)$", before):
-                made.pop()                            # 3+1/2 is printed without the +
-        elif token not in WRITTEN:                    # a model may write nonsense
-            name, parts = "unread", [token if language == MATHML else r"\hat{\ }"]
-        made.append(WRITTEN[name][language].format(*parts))
-        before += token
-    shown = "".join(made)
+        elif token[1:] == "^2":
+            name, parts = "square", [typeset(token[0], language)]
+        elif len(token) > 1:
+            name = "fraction" if sides(token) else "division"
+            texts = token.replace("(", "").replace(")", "") if sides(token) else token
+            parts = [typeset(text, language) for text in texts.split("/")]
+        shown += WRITTEN[name][language].format(*parts)
     return shown.replace("(", r"\left(").replace(")", r"\right)") if r"\frac" in shown else shown
 
 def to_latex(line):
@@ -1015,18 +1014,17 @@ def to_latex(line):
     >>> print(to_latex("10/4=2+(10-8)/4=2+1/2"))
     \begin{align*}
     10 \div 4&=2+(10-8) \div 4 \\
-    &=2\frac{1}{2}
+    &=2+\frac{1}{2}
     \end{align*}
     """
-    problem, *stages = line.split("=")
-    rows = " \\\\\n".join("&=" + typeset(stage, LATEX) for stage in stages)
-    return "\\begin{align*}\n" + typeset(problem, LATEX, is_problem=True) + rows + "\n\\end{align*}"
+    problem, *stages = [typeset(stage, LATEX) for stage in line.split("=")]
+    rows = " \\\\\n".join("&=" + stage for stage in stages)
+    return "\\begin{align*}\n" + problem + rows + "\n\\end{align*}"
 
 ######## Step 7-3: what a person types, and what is said about the answer ##########################
 
 LOOKALIKES = str.maketrans("\u00d7\u22c5\u00b7\u2217\u00f7\u2215\u2044:"
-                           "\u2212\u2010\u2011\u2013\u2014[{]}",
-                           "****////-----(())", "\ufeff")
+                           "\u2212\u2010\u2011\u2013\u2014[{]}", "****////-----(())", "\ufeff")
 
 def normalize(text):
     """What people type, in the characters of VOCAB. Raises InputError for what cannot be meant.
@@ -1040,16 +1038,14 @@ def normalize(text):
     unknown += [c for c in clean if c not in ID and c != "," and not c.isspace()]
     if unknown:
         name = unicodedata.name(unknown[0], "")
-        raise InputError(f"unknown character {ascii(unknown[0])} {name}; write digits, + - * / ^2, "
-                         "brackets and the letters x and y")
+        raise InputError(f"unknown character {ascii(unknown[0])} {name}; known: {VOCAB[1:]}")
     if re.search(r"[0-9]\s+[0-9]", clean):
-        raise InputError("there is a space inside a number; write it without, and 1 1/2 as 1+1/2")
+        raise InputError("there is a space inside a number; write 1 1/2 as 1+1/2")
     clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
     clean = re.sub(r"\b[0-9]{1,3}(,[0-9]{3})+\b", lambda match: match[0].replace(",", ""), clean)
     if not clean or "=" in clean or "," in clean:
         raise InputError("write one problem, such as 12*34, without = and decimals in it")
-    clean = re.sub("(?<![0-9])0+(?=[0-9])", "", clean)           # 007 is 7
-    clean = clean.replace("(+", "(")
+    clean = re.sub("(?<![0-9])0+(?=[0-9])", "", clean).replace("(+", "(")        # 007 is 7
     return re.sub(r"(?<=[-+*/])-((?:[0-9]|[xy](?:\^2)?)+)", r"(-\1)", clean)      # 5--3 is 5-(-3)
 
 def prepare(text, model):
@@ -1078,24 +1074,16 @@ def is_outside(problem, config):
     kind = kind_of(problem)
     return kind not in config.kinds.split() or not KINDS[kind].is_drawn(problem)
 
-def in_words(worth):
-    """What a stage is worth, as text: {"x": 3, "": -2} is 3x-2."""
-    if not isinstance(worth, dict):
-        return str(worth)
-    if set(worth) == {""}:
-        whole, rest = divmod(abs(Fraction(worth[""])), 1)
-        minus = worth[""] < 0
-        return "-" * minus + "+-"[minus].join(str(part) for part in (whole, rest) if part)
-    return join_terms((worth[letters], letters) for letters in MONOMIALS if letters in worth)
+RIGHT = "the answer is right"
+OUTSIDE = "this problem is outside the range that the model was trained on"
 
 def explain(line):
-    """The exact check of each stage in words, and of the whole: ([words], sentence).
+    """The exact check in words: of each stage, and of the answer.
 
     >>> explain("2+3*4=5*4=20")
     (['NOT TRUE: it should be 14', 'follows from that'], 'this is NOT the right answer')
     """
     problem, *stages = line.split("=")
-    right = in_words(KINDS[kind_of(problem)].worth(problem))
     words = []
     for before, stage in zip([problem, *stages], stages):
         if is_true(f"{problem}={stage}"):
@@ -1103,30 +1091,14 @@ def explain(line):
         elif is_true(f"{before}={stage}"):            # after a slip, right but for the slip
             words.append("follows from that")
         elif set(words) <= {"true"}:
-            words.append(f"NOT TRUE: it should be {right}")
+            words.append(f"NOT TRUE: it should be {KINDS[kind_of(problem)].worth(problem)}")
         else:
             words.append("NOT TRUE: another slip")
     if check(line)[0]:
-        return words, "the answer is right"
+        return words, RIGHT
     if words[-1:] == ["true"]:
         return words, "it is true but could be simpler, so this is NOT AN ANSWER"
     return words, "this is NOT the right answer"
-
-OUTSIDE = "this problem is outside the range that the model was trained on"
-
-def show(line, config):
-    """Print a line as a notebook shows it, a stage a row, with the exact check of each."""
-    problem, *stages = line.split("=")
-    words, sentence = explain(line)
-    width = max(map(len, stages), default=0)
-    for i, (stage, said) in enumerate(zip(stages, words)):
-        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-            said = f"\x1b[{32 if said == 'true' else 31}m{said}\x1b[0m"
-        print(f"{'' if i else problem:{len(problem)}} = {stage:{width}}   check: {said}")
-    if not check(line)[0]:
-        print(f"check: {sentence}")
-    if is_outside(problem, config):
-        print(f"note: {OUTSIDE}")
 
 ######## Step 7-4: the page ########################################################################
 #
@@ -1136,13 +1108,6 @@ def show(line, config):
 EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)",
             "(x+2)(x-3)", "1/2+1/3", "99999*99999")
 
-def choose_examples(model):
-    """Problems for the page to offer: what the model gets right, and one that it gets wrong."""
-    problems = [problem for problem in EXAMPLES if kind_of(problem) in model.config.kinds.split()]
-    is_right = [check(line)[0] for line in solve(model, problems, max_tokens=160)]
-    wrong = [problem for problem, right in zip(problems, is_right) if not right]
-    return {"right": list(itertools.compress(problems, is_right)), "wrong": wrong[-1:]}
-
 def reply_to(model, text):
     """What the page shows for a problem, as a dict for JSON. Raises InputError."""
     problem = prepare(text, model)
@@ -1150,100 +1115,88 @@ def reply_to(model, text):
     read, weights, probabilities = watch(model, line)
     start = read.index("=")
     words, sentence = explain(line)
-    values, ids = probabilities[start:].topk(3)
-    stages = [typeset(stage, MATHML) for stage in line.split("=")[1:]]
-    return {
-        "problem": typeset(problem, MATHML, is_problem=True), "stages": list(zip(stages, words)),
-        "right": check(line)[0], "sentence": sentence, "latex": to_latex(line),
-        "note": OUTSIDE if is_outside(problem, model.config) else "",
-        "read": read, "start": start + 1,
-        # for each token that was written: a row for each head, a digit for each token before it
-        "weights": [[to_digits(head[t, :t + 1]) for head in weights.flatten(0, 1)]
-                    for t in range(start, len(read))],
-        "next": [[(VOCAB[i].replace("\n", "end"), p) for i, p in zip(*three)]
-                 for three in zip(ids.tolist(), values.tolist())]}
+    note = OUTSIDE if is_outside(problem, model.config) else ""
+    shown, *stages = [typeset(stage, MATHML) for stage in line.split("=")]
+    tokens = []                                       # what happened at each token that was written
+    for t in range(start, len(read)):
+        values, ids = probabilities[t].topk(3)
+        likeliest = [VOCAB[i].replace("\n", "end") for i in ids.tolist()]
+        heads = [to_digits(head[t, :t + 1]) for head in weights.flatten(0, 1)]
+        tokens.append({"next": list(zip(likeliest, values.tolist())), "heads": heads})
+    return {"problem": shown, "stages": list(zip(stages, words)), "latex": to_latex(line),
+            "right": sentence == RIGHT, "sentence": sentence, "note": note,
+            "read": read, "start": start + 1, "tokens": tokens}
 
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
            "Cache-Control": "no-store", "Content-Security-Policy":
            "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
            "connect-src 'self'; style-src 'nonce-NONCE'; script-src 'nonce-NONCE'"}
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """GET / is the page, POST /solve {"problem": text} answers in JSON; all else is refused. So is
-    what another page sent (Origin), or what came by another name than ours (Host; "DNS rebinding").
-    """
+class Handler(wsgiref.simple_server.WSGIRequestHandler):
     timeout = 10                                      # seconds that a client may stall
-    server_version, sys_version = "tinyllm", ""
 
     def log_message(self, *_):
         pass
 
-    def send(self, status, kind, text):
-        nonce = secrets.token_urlsafe(16)
-        data = text.replace("NONCE", nonce).encode("utf-8")
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in HEADERS.items():
-            self.send_header(name, value.replace("NONCE", nonce))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def send_error(self, code, message=None, explain=None):
-        self.close_connection = True
-        sentence = message or http.HTTPStatus(code).phrase
-        self.send(code, "application/json", json.dumps({"error": sentence}))
-
-    def is_refused(self, path):
-        host = self.headers.get("Host", "")
-        name, port = re.fullmatch("(.*?)(?::([0-9]+))?", host).groups()
-        is_ours = name in ("localhost", self.server.host) or re.fullmatch("[0-9.]+", name)
-        if not is_ours or int(port or 80) != self.server.server_port or \
-                self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            self.send_error(403, "open the address that the server printed, in a page of its own")
-        elif self.path.partition("?")[0] != path:
-            self.send_error(404, "there is nothing here; the page is at /, problems go to /solve")
-        else:
-            return False
-        return True
-
-    def do_GET(self):
-        if not self.is_refused("/"):
-            self.send(200, "text/html", PAGE.replace("DATA", self.server.data))
-
-    def do_POST(self):
-        if self.is_refused("/solve"):
-            return
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,4}", length):
-            return self.send_error(413, "a problem is sent with its length, of 9999 bytes at most")
-        try:
-            problem = str.strip(json.loads(self.rfile.read(int(length)))["problem"])
-            with self.server.lock:                    # one problem at a time; the others wait
-                reply = reply_to(self.server.model, problem)
-            self.send(200, "application/json", json.dumps(reply))
-        except InputError as error:
-            self.send_error(422, str(error))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            self.send_error(400, 'the request is not of the form {"problem": "12*34"}')
-
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     """Serves the page for a model; port 0 takes a free one. Raises InputError."""
-    request_queue_size = 128
+    request_queue_size, daemon_threads = 128, True
     allow_reuse_address = os.name != "nt"             # on Windows two servers could share a port
 
     def __init__(self, model, history=(), host="127.0.0.1", port=8000):
         self.model, self.host, self.lock = model, host, threading.Lock()
-        self.data = json.dumps({"history": list(history), "heads": model.config.n_head,
-                                **choose_examples(model)})
+        kinds = model.config.kinds.split()
+        examples = [problem for problem in EXAMPLES if kind_of(problem) in kinds]
+        is_right = [check(line)[0] for line in solve(model, examples, max_tokens=160)]
+        right = list(itertools.compress(examples, is_right))
+        wrong = [problem for problem in examples if problem not in right][-1:]
+        self.data = json.dumps({"right": right, "wrong": wrong, "history": history,
+                                "heads": model.config.n_head})
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
-            raise InputError(f"cannot serve on --host {host} --port {port} ({error}); "
-                             "give another") from error
+            raise InputError(f"cannot serve on --host {host} --port {port}: {error}") from error
+        self.set_app(self.respond)
 
     def handle_error(self, request, client_address):
         pass                                          # a client that went away harms no other
+
+    def answer(self, request):
+        """GET / is the page, and POST /solve {"problem": text} is answered in JSON. All else is
+        refused, also what comes from another page (Origin) or by another name than ours (Host).
+        request: a dict, as WSGI makes it. Returns the status and the text.
+        """
+        host, port = request.get("HTTP_HOST", ""), self.server_port
+        names = rf"(localhost|[0-9.]+|{re.escape(self.host)})(:{port}){'?' * (port == 80)}"
+        origin = request.get("HTTP_ORIGIN", f"http://{host}")
+        if not re.fullmatch(names, host) or origin != f"http://{host}":
+            return 403, "open the address that the server printed, in a page of its own"
+        asked = request["REQUEST_METHOD"], request["PATH_INFO"]
+        if asked == ("GET", "/"):
+            return 200, PAGE.replace("DATA", self.data)
+        if asked != ("POST", "/solve"):
+            return 404, "there is nothing here; the page is at /, problems go to /solve"
+        if not re.fullmatch("[0-9]{1,4}", request["CONTENT_LENGTH"]):
+            return 413, "a problem is sent with its length, of 9999 bytes at most"
+        try:
+            body = request["wsgi.input"].read(int(request["CONTENT_LENGTH"]))
+            problem = str.strip(json.loads(body)["problem"])
+            with self.lock:                           # one problem at a time; the others wait
+                return 200, json.dumps(reply_to(self.model, problem))
+        except InputError as error:
+            return 422, str(error)
+        except (ValueError, TypeError, KeyError, RecursionError, OSError):
+            return 400, 'the request is not of the form {"problem": "12*34"}'
+
+    def respond(self, request, start):
+        status, text = self.answer(request)
+        text = text if status == 200 else json.dumps({"error": text})
+        kind = "text/html" if text.startswith("<") else "application/json"
+        nonce = secrets.token_urlsafe(16)
+        headers = {"Content-Type": f"{kind}; charset=utf-8", **HEADERS}
+        start(f"{status} {http.HTTPStatus(status).phrase}",
+              [(name, value.replace("NONCE", nonce)) for name, value in headers.items()])
+        return [text.replace("NONCE", nonce).encode("utf-8")]
 
 ######## Step 7-5: a run, its files and its terminal ###############################################
 
@@ -1251,19 +1204,22 @@ def held_out_problems(kind, count, size=None, draw=None, seed=1):
     """Up to `count` different held-out problems of a kind and size; fewer if there are no more."""
     rng = random.Random(f"{seed}/{kind}/{size}")
     draw = draw or KINDS[kind].draw
-    found = {}
+    found = {}                                        # keeps the order, as a set does not
     for _ in range(200 * count):
         problem = draw(rng, size or KINDS[kind].sizes[-1])
-        if is_held_out(problem) and (size is None or KINDS[kind].size(problem) == size):
+        if is_held_out(problem) and size in (None, KINDS[kind].size(problem)):
             found[problem] = True
         if len(found) == count:
             break
     return list(found)
 
+def are_finite(state):
+    return all(tensor.isfinite().all() for tensor in state["model"].values())
+
 def write_whole(path, state):
     """Save beside `path`, then rename, so that the file is always whole. Raises InputError."""
-    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise InputError(f"the weights are no longer numbers: {path} keeps the last good state; "
+    if not are_finite(state):
+        raise InputError(f"the weights are no numbers now: {path} keeps the last good state; "
                          "try a smaller --lr")
     beside = f"{path}.{os.getpid()}.tmp"
     try:
@@ -1287,16 +1243,16 @@ def read_whole(path):
         raise InputError(f"the checkpoint {path} {reason}; give another, or train one") from error
     try:
         state = torch.load(data, map_location="cpu", weights_only=True)           # runs no code
-        is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
-        if is_ours:
-            model = TinyLLM(Config(**state["config"]))
-            model.load_state_dict(state["model"])
+        if (state["format"], state["vocabulary"]) != (FORMAT, VOCAB):
+            raise InputError(f"{path} was written by another version of tinyllm; train again")
+        model = TinyLLM(Config(**state["config"]))
+        model.load_state_dict(state["model"])
+        if not are_finite(state):
+            raise InputError(f"{path} holds weights that are not numbers; train again")
+    except InputError:
+        raise
     except Exception as error:                        # a damaged file fails in a dozen ways
         raise InputError(f"{path} is damaged, or no checkpoint; train again") from error
-    if not is_ours:
-        raise InputError(f"{path} was written by another version of tinyllm; train again")
-    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise InputError(f"{path} holds weights that are not numbers; train again")
     return model, state
 
 def show_live(text):
@@ -1310,31 +1266,26 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 class Run:
     """What surrounds the training loop: the clock, the rows, saving, Ctrl-C, several processes.
 
-    `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes. Each takes batches of its
-    own, and after each backward pass their gradients are averaged (Li et al. 2020, "PyTorch
-    Distributed"). So all take the same step and stay equal: one run with a batch twice as large.
+    `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes. Each learns from batches of
+    its own, and backward averages their gradients (Li et al. 2020, "PyTorch Distributed"). So all
+    take the same step and stay equal: one run with a batch twice as large.
     """
     N_PROBLEMS = 100                                  # held-out problems of each kind, for a row
 
     def __init__(self, model, optimizers, progress, out, report):
         self.model, self.optimizers, self.progress = model.train(), optimizers, progress
-        self.out, self.report, self.network, self.weight = out, report, model, 1.0
-        self.pressed = self.measuring = False
-        self.losses, self.tokens = [], 0
+        self.out, self.report = out, report
+        self.network = model
         if WORLD_SIZE > 1:
             dist.init_process_group("nccl" if model.head.weight.is_cuda else "gloo")
             self.network = nn.parallel.DistributedDataParallel(
                 model, find_unused_parameters=not model.config.place)
-
-    def __enter__(self):
-        if self.report:
-            kinds = self.model.config.kinds.split()
+        self.pressed = self.measuring = False
+        self.losses, self.tokens = [], 0
+        if report:
+            kinds = model.config.kinds.split()
             self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in kinds}
-            columns = "".join(f"{kind:>8}" for kind in kinds)
-            self.report("  step done   loss tokens/s  min" + columns)
-        self.previous = signal.signal(signal.SIGINT, self.press)
-        self.began = self.row_began = time.perf_counter()
-        return self
+            report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in kinds))
 
     def press(self, *_):
         """Ctrl-C does not strike in the middle of a step, and only once while it measures."""
@@ -1344,65 +1295,64 @@ class Run:
             raise KeyboardInterrupt
 
     def batches(self):
+        """Batches until the run is over, or Ctrl-C is pressed: then the run is saved."""
+        previous = signal.signal(signal.SIGINT, self.press)
         stream = ProblemStream(self.model.config, self.progress, RANK, WORLD_SIZE)
+        self.began = self.row_began = time.perf_counter()
         for batch in DataLoader(stream, batch_size=None):
-            if WORLD_SIZE > 1:
-                self.agree((batch[2] >= 0).sum().item())
+            if WORLD_SIZE > 1:                        # one clock and one decision for all
+                both = torch.tensor([self.progress["seconds"], self.pressed], dtype=torch.float64)
+                both = both.to(self.model.head.weight.device)
+                dist.all_reduce(both)
+                self.progress["seconds"] = both[0].item() / WORLD_SIZE
+                self.pressed = both[1].item() > 0
             if self.pressed or part_done(self.progress, self.model.config) == 1:
                 break
             yield [tensor.to(self.model.head.weight.device) for tensor in batch]
-
-    def agree(self, counted):
-        """One clock and one decision for all, and how much this batch weighs among theirs."""
-        numbers = [self.progress["seconds"], float(self.pressed), counted]
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.model.head.weight.device)
-        dist.all_reduce(sums)
-        self.progress["seconds"], self.pressed = sums[0].item() / WORLD_SIZE, sums[1].item() > 0
-        self.weight = counted * WORLD_SIZE / sums[2].item()
+        if WORLD_SIZE > 1:
+            self.network = None
+            dist.destroy_process_group()
+        if self.pressed:                              # press stays: a second Ctrl-C spoils nothing
+            if self.report:
+                save_checkpoint(self.out, self.model, self.optimizers, self.progress)
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, previous)
 
     def note(self, loss, n_tokens):
         """Count a step; a hundredth of the run is a point of the loss curve, a tenth is a row."""
-        config, progress = self.model.config, self.progress
-        before = part_done(progress, config)
+        progress, seconds = self.progress, time.perf_counter() - self.began
+        before = part_done(progress, self.model.config)
         progress["step"] += 1
-        progress["seconds"] += time.perf_counter() - self.began
-        done = part_done(progress, config)
+        progress["seconds"] += seconds
+        done = part_done(progress, self.model.config)
         self.losses.append(loss)
         self.tokens += n_tokens
         if self.report and int(100 * done) > int(100 * before):
-            mean = sum(self.losses) / len(self.losses)
+            point = {"step": progress["step"], "seconds": progress["seconds"],
+                     "loss": sum(self.losses) / len(self.losses)}
+            self.losses = []
+            progress["history"].append(point)
+            minutes = point["seconds"] / 60
             speed = self.tokens / (time.perf_counter() - self.row_began)
-            step, seconds, self.losses = progress["step"], progress["seconds"], []
-            progress["history"].append({"step": step, "seconds": seconds, "loss": mean})
-            start = f"{step:6} {done:4.0%} {mean:6.4f} {speed:8,.0f} {seconds / 60:4.1f}"
-            show_live(f"{start}  {seconds * (1 - done) / done / 60:.1f} minutes left")
+            row = f"{point['step']:6} {done:4.0%} {point['loss']:6.4f} {speed:8,.0f} {minutes:4.1f}"
+            show_live(f"{row}  {minutes * (1 - done) / done:.1f} minutes left")
             if int(10 * done) > int(10 * before):
-                self.row(start)
+                self.show_row(row, point)
                 save_checkpoint(self.out, self.model, self.optimizers, progress)
         self.began = time.perf_counter()              # measuring does not count as training
 
-    def row(self, start):
+    def show_row(self, row, point):
         """Ask held-out problems and show which part of the answers is right, by kind."""
-        show_live(f"{start} measuring ...")
+        show_live(f"{row} measuring ...")
         self.measuring = True
         with contextlib.suppress(KeyboardInterrupt):
             right = {kind: evaluate(self.model, problems)["answers"] / max(1, len(problems))
                      for kind, problems in self.problems.items()}
-            self.progress["history"][-1]["right"] = right
+            point["right"] = right
             show_live("")
-            self.report(start + "".join(f"{part:8.0%}" for part in right.values()))
+            self.report(row + "".join(f"{part:8.0%}" for part in right.values()))
         self.measuring = False
         self.tokens, self.row_began = 0, time.perf_counter()
-
-    def __exit__(self, kind, *_):
-        if kind is None and self.pressed and self.report:
-            save_checkpoint(self.out, self.model, self.optimizers, self.progress)
-        if WORLD_SIZE > 1:
-            self.network = None
-            dist.destroy_process_group()
-        if kind is None and self.pressed:             # press stays: a second Ctrl-C spoils nothing
-            raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, self.previous)
 
 ######## Step 7-6: the commands ####################################################################
 #
@@ -1410,11 +1360,10 @@ class Run:
 
 def check_config(config):
     """Raises InputError for numbers that cannot work."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        may_be_0 = field.name in ("seed", "weight_decay", "flat")
-        if field.type in (int, float) and not (0 < value < 2 ** 63 or may_be_0 and value == 0):
-            raise InputError(f"--{field.name} {value} must be more than 0, and not too large")
+    for name, value in dataclasses.asdict(config).items():
+        may_be_0 = isinstance(value, bool) or name in ("seed", "weight_decay", "flat")
+        if name != "kinds" and not (0 < value < 2 ** 63 or may_be_0 and value == 0):
+            raise InputError(f"--{name} {value} must be more than 0, and not too large")
     kinds = config.kinds.split()
     if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - set(KINDS):
         raise InputError(f"--kinds '{config.kinds}' must name some of: {' '.join(KINDS)}")
@@ -1426,8 +1375,8 @@ def check_config(config):
     if longest >= config.block_size:
         raise InputError(f"--block_size {config.block_size} is too short for a line of {longest}")
 
-def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=False, force=False,
-                  device="auto", **config):
+def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = False,
+                  resume: bool = False, force: bool = False, device: str = "auto", **config):
     """Train a model from scratch.
 
     out: checkpoint to write
@@ -1436,150 +1385,159 @@ def command_train(out="tinyllm.pt", minutes: float = None, quick=False, resume=F
     resume: go on with the run in --out
     force: replace --out if it exists
     """
-    if minutes is not None and not 0 < minutes < 1e6:
-        raise InputError(f"--minutes {minutes} must be more than 0")
     if quick:
         config = {"n_layer": 1, "kinds": "add", "steps": 300, **config}
-        out = "quick.pt" if out == "tinyllm.pt" else out
-    state = {"config": {}, "progress": new_progress()}
+        out, force = ("quick.pt", True) if out == "tinyllm.pt" else (out, force)
+    model, state = None, {"config": {}, "progress": new_progress(), "optimizers": []}
     if resume:
-        state = load_checkpoint(out)[1]
-        if set(config) - {"steps"}:
-            raise InputError("--resume goes on with the run as it was; of its numbers only --steps "
-                             "and --minutes may be given")
-        if "steps" not in config:
-            minutes = minutes or state["progress"]["minutes"]
+        model, state = load_checkpoint(out)
+    if resume and set(config) - {"steps"}:
+        raise InputError("--resume goes on with the run as it was: give only --steps or --minutes")
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise InputError(f"--minutes {minutes} must be more than 0")
+    if "steps" not in config:
+        minutes = minutes or state["progress"]["minutes"]
+    progress = {**state["progress"], "minutes": minutes}
     config = Config(**{**state["config"], **config})
     check_config(config)
     device = pick_device(device)
-    progress = {**state["progress"], "minutes": minutes}
     if part_done(progress, config) == 1:
         raise InputError(f"{out} has had all its steps; give more --steps or --minutes")
     if os.path.exists(out) and (not os.path.isfile(out) or os.path.islink(out)):
         raise InputError(f"--out {out} is no plain file; give it the name of a file")
-    if os.path.exists(out) and not (resume or force or out == "quick.pt" or RANK > 0):
-        raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or another "
-                         "--out")
+    if os.path.exists(out) and not (resume or force or RANK > 0):
+        raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or --out")
     torch.manual_seed(config.seed)
-    model = TinyLLM(config).to(device)
+    model = (model or TinyLLM(config)).to(device)
+    model.config = config                             # --steps may be new
     optimizers = make_optimizers(model, config)
-    if resume:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     if RANK > 0:                                      # process 0 speaks and saves
         return fit(model, optimizers, progress, out)
+    some = [held_out_problems(kind, 1)[0] for kind in config.kinds.split()]
     if not resume:
         save_checkpoint(out, model)                   # now, not in ten minutes, is the time to fail
-        print("Before training, the model answers:")
-        show_answers(model, max_tokens=40)
-    budget = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
+        print("Before training, the model answers:", *solve(model.eval(), some, max_tokens=40),
+              sep="\n    ")
+    until = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
     print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
-          f"{torch.get_num_threads()}, from step {progress['step']:,} to {budget}, seed "
+          f"{torch.get_num_threads()}, from step {progress['step']:,} to {until}, seed "
           f"{config.seed}, torch {torch.__version__}", flush=True)
-    is_default = out == "tinyllm.pt"
+    file = shlex.quote(out)
     try:
         fit(model, optimizers, progress, out, functools.partial(print, flush=True))
     except KeyboardInterrupt:
-        where = "" if is_default else f" --out {shlex.quote(out)}"
-        go_on = f"python tinyllm.py train --resume{where}"
-        raise KeyboardInterrupt(f"saved; go on with: {go_on}") from None
-    minutes = progress["seconds"] / 60
-    print(f"Trained in {minutes:.1f} minutes, saved as {out}. Measuring ...", flush=True)
-    print_row()
-    for kind in config.kinds.split():
-        print_row(kind, evaluate(model, held_out_problems(kind, 500, seed=2)))
-    print("Now it answers:")
-    show_answers(model)
-    where = "" if is_default else f" --checkpoint {shlex.quote(out)}"
+        go_on = f"saved; go on with: python tinyllm.py train --resume --out {file}"
+        raise KeyboardInterrupt(go_on) from None
+    print(f"Trained in {progress['seconds'] / 60:.1f} minutes, saved as {out}. Measuring ...")
+    measure(model, {kind: held_out_problems(kind, 500, seed=2) for kind in config.kinds.split()})
+    print("Now it answers:", *solve(model, some), sep="\n    ")
     problem = "123+456" if config.kinds == "add" else "12*34"
-    print(f'Now try:\n    python tinyllm.py ask{where} "{problem}"')
-    print(f"    python tinyllm.py eval{where}")
+    print(f'Now try:\n    python tinyllm.py ask --checkpoint {file} "{problem}"')
+    print(f"    python tinyllm.py eval --checkpoint {file}")
 
-def show_answers(model, max_tokens=None):
-    """Print the line that the model writes for one held-out problem of each kind."""
-    for kind in model.config.kinds.split():
-        print("   ", solve(model.eval(), held_out_problems(kind, 1), max_tokens=max_tokens)[0])
+def measure(model, asked):
+    """Ask lists of problems by name; print a row for each when it is ready. Returns the results."""
+    print(f"{'':26} problems  answers right  workings right  length", flush=True)
+    results = {}
+    for name, problems in asked.items():
+        result = results[name] = evaluate(model, problems)
+        n = max(1, len(problems))
+        print(f"{name:26} {len(problems):8}  {result['answers'] / n:13.2%}  "
+              f"{result['workings'] / n:14.2%} {result['length']:7.1f}", flush=True)
+    return results
 
-def print_row(name="", result=None):
-    """A row of what evaluate has found; without a result, the names of the columns."""
-    row = f"{'':26} problems  answers right  workings right  length"
-    if result:
-        n = max(1, result["problems"])
-        row = (f"{name:26} {result['problems']:8}  {result['answers'] / n:13.2%}  "
-               f"{result['workings'] / n:14.2%} {result['length']:7.1f}")
-    print(row, flush=True)
-
-def command_eval(checkpoint="tinyllm.pt", problems=1000, target: float = None, device="auto"):
+def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: float = 0.0,
+                 device: str = "auto"):
     """Measure a model on held-out problems.
 
     checkpoint: model to measure
     problems: held-out problems of each kind
     target: exit with status 1 if the part of right answers, 0 to 1, is smaller for a kind
     """
-    if problems < 1 or not 0 <= (target or 0) <= 1:
+    if problems < 1 or not 0 <= target <= 1:
         raise InputError("--problems must be at least 1, and --target a part from 0 to 1")
     model, _ = load_checkpoint(checkpoint, pick_device(device))
-    kinds, some, results = model.config.kinds.split(), max(1, problems // 5), {}
+    kinds, asked = model.config.kinds.split(), {}
     print(f"Held-out problems, greedy decoding, {checkpoint}")
-    print_row()
-    for kind in kinds:
-        results[kind] = evaluate(model, held_out_problems(kind, problems))
-        print_row(kind, results[kind])
+    results = measure(model, {kind: held_out_problems(kind, problems) for kind in kinds})
     print("By size, * larger than any that it was trained on; then what it has practised:")
+    some = max(1, problems // 5)
     for kind in kinds:
         for size in [*KINDS[kind].sizes, *KINDS[kind].beyond]:
             name = f"{kind} {size}" + "*" * (size in KINDS[kind].beyond)
-            print_row(name, evaluate(model, held_out_problems(kind, some, size)))
+            asked[name] = held_out_problems(kind, some, size)
         for name, (_, draw) in KINDS[kind].practice.items():
-            print_row(f"{kind} {name}", evaluate(model, held_out_problems(kind, some, draw=draw)))
+            asked[f"{kind} {name}"] = held_out_problems(kind, some, draw=draw)
+    measure(model, asked)
     for line in [line for result in results.values() for line in result["wrong"][:2]]:
         words, sentence = explain(line)
         first = next((said for said in words if said != "true"), sentence)
         print(f"wrong: {line[:300]}\n       {first}")
-    low = [kind for kind, r in results.items() if r["answers"] < (target or 0) * r["problems"]]
+    low = [kind for kind, r in results.items() if r["answers"] < target * r["problems"]]
     if low:
         print(f"below the target of {target}: {', '.join(low)}")
     return 1 if low else 0
 
-def command_ask(*problems, checkpoint="tinyllm.pt", plain=False, latex=False, device="auto"):
+def command_ask(*problem, checkpoint: str = "tinyllm.pt", plain: bool = False,
+                latex: bool = False, device: str = "auto"):
     """Ask the model.
 
-    problems: such as "12*34"; none: a prompt, or a pipe with a problem a line
+    problem: such as "12*34"; none: a prompt, or a pipe with a problem a line
     checkpoint: model to ask
     plain: one line in, one full line out
     latex: the working as LaTeX
     """
     model, _ = load_checkpoint(checkpoint, pick_device(device))
     status = 0
-    for texts in [problems] if problems else lines_of_input():
-        asked = {}                                    # number of the text -> problem
-        errors = {}
-        for i, text in enumerate(texts):
+    for texts in [problem] if problem else lines_of_input():
+        asked = []                                    # for each text a problem, or an error
+        for text in texts:
             try:
-                asked[i] = prepare(text, model)
+                asked.append(prepare(text, model))
             except InputError as error:
-                errors[i], status = error, 2
-        lines = dict(zip(asked, solve(model, list(asked.values()))))
-        for i in range(len(texts)):
-            if i in errors:
-                to_stderr = problems and not plain
-                print(f"{'tinyllm' if to_stderr else 'error'}: {errors[i]}",
+                asked.append(error)
+                status = 2
+        lines = iter(solve(model, [one for one in asked if isinstance(one, str)]))
+        for one in asked:
+            if isinstance(one, InputError):
+                to_stderr = problem and not plain
+                print(f"{'tinyllm' if to_stderr else 'error'}: {one}",
                       file=sys.stderr if to_stderr else sys.stdout)
-            elif plain or latex:
-                print(to_latex(lines[i]) if latex else lines[i])
+            elif plain:
+                print(next(lines))
             else:
-                show(lines[i], model.config)
-            if latex and i in lines and not check(lines[i])[0]:
-                print(f"tinyllm: {explain(lines[i])[1]}: {lines[i]}", file=sys.stderr)
+                show(next(lines), model.config, latex)
         sys.stdout.flush()
     return status
+
+def show(line, config, latex):
+    """Print a line as LaTeX, or as a notebook shows it: a stage a row, with the check of each."""
+    problem, *stages = line.split("=")
+    words, sentence = explain(line)
+    if latex:
+        print(to_latex(line))
+        if sentence != RIGHT:
+            print(f"tinyllm: {sentence}: {line}", file=sys.stderr)
+        return
+    width = max(map(len, stages), default=0)
+    left = problem
+    for stage, said in zip(stages, words):
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            said = f"\x1b[{32 if said == 'true' else 31}m{said}\x1b[0m"
+        print(f"{left:{len(problem)}} = {stage:{width}}   check: {said}")
+        left = ""
+    if sentence != RIGHT:
+        print(f"check: {sentence}")
+    if is_outside(problem, config):
+        print(f"note: {OUTSIDE}")
 
 def lines_of_input():
     """Lists of lines: typed at a prompt until an empty one, or from a pipe all that wait."""
     if not sys.stdin.isatty():
         rest = b""
-        while data := os.read(sys.stdin.fileno(), 1 << 14):
+        for data in iter(lambda: os.read(sys.stdin.fileno(), 1 << 14), b""):
             *lines, rest = (rest + data).split(b"\n")
             yield [line.decode("utf-8", "replace") for line in lines]
         yield [rest.decode("utf-8", "replace")] if rest else []
@@ -1587,22 +1545,23 @@ def lines_of_input():
     with contextlib.suppress(ImportError):
         __import__("readline")                        # line editing, where it exists
     with contextlib.suppress(EOFError):
-        text = input("problem (Enter ends): ")
-        while text.strip() not in ("", "q", "quit", "exit"):
+        for text in iter(lambda: input("problem (Enter ends): ").strip(), ""):
+            if text in ("q", "quit", "exit"):
+                return
             yield [text]
-            text = input("problem (Enter ends): ")
 
-def command_look(problem, checkpoint="tinyllm.pt", device="auto"):
+def command_look(*problem, checkpoint: str = "tinyllm.pt", device: str = "auto"):
     """See what the model looked at while it wrote.
 
     problem: such as "12+39"
     checkpoint: model to look into
     """
     model, _ = load_checkpoint(checkpoint, pick_device(device))
-    line = solve(model, [prepare(problem, model)])[0]
-    print(f"{line}\nNumbers stand turned round, as the model reads them.\n{look(model, line)}")
+    for line in solve(model, [prepare(text, model) for text in problem or ["12+39"]]):
+        print(f"{line}\nNumbers stand turned round, as the model reads them.\n{look(model, line)}")
 
-def command_serve(checkpoint="tinyllm.pt", port=8000, host="127.0.0.1", device="auto"):
+def command_serve(checkpoint: str = "tinyllm.pt", port: int = 8000, host: str = "127.0.0.1",
+                  device: str = "auto"):
     """Serve a page for the browser.
 
     checkpoint: model to talk to
@@ -1617,7 +1576,7 @@ def command_serve(checkpoint="tinyllm.pt", port=8000, host="127.0.0.1", device="
         print(f"http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
-def command_data(kind="", split="train", count=10, seed=0):
+def command_data(kind: str = "", split: str = "train", count: int = 10, seed: int = 0):
     """Print examples of what the model learns from.
 
     kind: kind of problem; none: all of them
@@ -1626,8 +1585,7 @@ def command_data(kind="", split="train", count=10, seed=0):
     seed: chooses the problems
     """
     if kind not in ("", *KINDS) or split not in ("train", "test") or count < 1:
-        raise InputError(f"--kind must be one of: {' '.join(KINDS)}, --split train or test, "
-                         "--count at least 1")
+        raise InputError(f"--kind is one of {' '.join(KINDS)}, --split train or test, --count 1 up")
     rng = random.Random(seed)
     for _ in range(count):
         print(solve_by_rules(draw_problem(kind or rng.choice(list(KINDS)), rng, split == "test")))
@@ -1635,15 +1593,16 @@ def command_data(kind="", split="train", count=10, seed=0):
 def has_fast_bfloat16(device):
     """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
     able = torch.cpu.get_capabilities()
-    fast_cpu = able.get("avx512_bf16") or able.get("amx_bf16")
-    return device == "cuda" or device == "cpu" and bool(fast_cpu)
+    is_fast = able.get("avx512_bf16") or able.get("amx_bf16") or False
+    return device == "cuda" or device == "cpu" and is_fast
 
 def pick_device(name):
     """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    has_mps = torch.backends.mps.is_available()
-    if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": has_mps}.get(name):
+        name = "cuda" if there["cuda"] else "cpu"
+    if not there.get(name):
         raise InputError(f"--device {name}: there is no such device here; use --device cpu")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # one for each process
@@ -1662,29 +1621,26 @@ def make_parser():
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     config_help = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M)
     for command, function in COMMANDS.items():
-        about = inspect.getdoc(function)
-        sub = commands.add_parser(command, help=about.split("\n")[0])
-        sub.set_defaults(function=function, positional=None)
-        texts = {"device": "auto, cpu, cuda or mps", **dict(config_help),
-                 **dict(re.findall(r"^(\w+): (.*)", about, re.M))}
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind == parameter.VAR_KEYWORD:          # **config: every field of Config
-                for field in dataclasses.fields(Config):
-                    text = f"{texts[field.name]} (default: {field.default})"
-                    add_flag(sub, field.name, field.type, argparse.SUPPRESS, text)
-            elif parameter.kind == parameter.VAR_POSITIONAL or parameter.default is parameter.empty:
-                nargs = "*" if parameter.kind == parameter.VAR_POSITIONAL else 1
-                sub.add_argument(name, nargs=nargs, help=texts[name])
-                sub.set_defaults(positional=name)
-            else:
-                has_type = parameter.annotation is not parameter.empty
-                type_ = parameter.annotation if has_type else type(parameter.default)
-                add_flag(sub, name, type_, parameter.default, texts[name])
+        text = inspect.getdoc(function)
+        sub = commands.add_parser(command, help=text.split("\n")[0])
+        sub.set_defaults(function=function)
+        texts = dict([("device", "auto, cpu, cuda or mps"), *config_help,
+                      *re.findall(r"^(\w+): (.*)", text, re.M)])
+        flags = inspect.signature(function).parameters
+        if "config" in flags:                         # **config: every field of Config
+            flags = {**flags, **inspect.signature(Config).parameters}
+        for name, flag in flags.items():
+            if flag.kind == flag.VAR_POSITIONAL:
+                sub.add_argument(name, nargs="*", help=texts[name])
+            elif flag.kind != flag.VAR_KEYWORD:
+                how = {"type": flag.annotation}
+                if flag.annotation is bool:
+                    how = {"action": argparse.BooleanOptionalAction}
+                about = texts[name]
+                if flag.default not in (None, ""):
+                    about += f" (default: {flag.default})"
+                sub.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about, **how)
     return parser
-
-def add_flag(parser, name, type_, default, help):
-    how = {"action": argparse.BooleanOptionalAction} if type_ is bool else {"type": type_}
-    parser.add_argument(f"--{name}", default=default, help=help, **how)
 
 def main(argv=None):
     """Run a command; returns the exit status: 0 fine, 1 below --target, 2 bad input, 130 Ctrl-C."""
@@ -1698,8 +1654,7 @@ def main(argv=None):
         if "function" not in args:
             parser.print_help()
             return 0
-        function, positional = args.pop("function"), args.pop("positional")
-        return function(*args.pop(positional, []), **args) or 0
+        return args.pop("function")(*args.pop("problem", []), **args) or 0
     except InputError as error:
         print(f"tinyllm: {error}", file=sys.stderr)
         return 2
@@ -1711,70 +1666,51 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
-######## Appendix 1: reading a stage ###############################################################
+######## Appendix 1: what a stage is worth #########################################################
 #
-# School arithmetic, without any deep learning: how a stage is read, what it is worth, how it is
-# worked, and how problems with brackets and letters are drawn.
+# School arithmetic, without any deep learning: what a stage is worth, how it is worked, and how
+# problems with brackets and letters are drawn.
 
-TOKEN = r"\^2(?![0-9])|[0-9]+|."
-SQUARE = "only letters and brackets with letters can be squared; write a product"
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.MatMult: "*", ast.Div: "/", ast.Pow: "^2",
+         ast.USub: "-"}
+# what Python would read otherwise than a pupil, or a pupil in two ways: 5--3, x3, x^3, 6/2(1+2)
+NONSENSE = r"[-+*/]{2}|[xy)][0-9]|\^(?!2(?![0-9^]))|/([0-9]+|\([^()]*\))[xy(]"
+UNREADABLE = ("this cannot be read; see that each sign has two sides and each bracket its partner, "
+              "and write 3x for x3, x^2 for a square, and a * behind a division")
 
-class Reader:
-    """Reads tokens by school precedence. make(token) makes something of a number or a letter, and
-    combine(sign, a, b) of two such things (b is None for a minus in front and for "^2"). So one
-    reader serves the exact check and the working.
+def read(text, make, combine):
+    """Read a text by school precedence, which is Python's own. make(token) makes something of a
+    number or a letter, and combine(sign, a, b) of two such things; b is None for a minus in front
+    and for "^2". So one reader serves the check and the working. Raises InputError.
     """
+    if len(text) > 400 or text.count("(") > 80:
+        raise InputError("the problem is too long, or has too many brackets; write it in parts")
+    try:
+        if re.search(NONSENSE, text):
+            raise SyntaxError
+        # 3(x+1) becomes 3@(x+1), where @ binds as * does
+        python = re.sub(r"(?<=[0-9xy)])(?=[xy(])", "@", text).replace("^2", "**2")
+        return walk(ast.parse(python, mode="eval").body, make, combine)
+    except (SyntaxError, KeyError, AttributeError) as error:
+        raise InputError(UNREADABLE) from error
 
-    def __init__(self, tokens, make, combine):
-        self.tokens, self.make, self.combine = tokens[::-1], make, combine       # the next is last
-        if sum(map(len, tokens)) > 400 or tokens.count("(") > 100:
-            raise InputError("the problem is too long, or has too many brackets; write it in parts")
-        self.value = self.sum()
-        if self.tokens:
-            raise InputError(SQUARE if self.tokens[-1][0] == "^" else self.missing("an operator"))
+def walk(node, make, combine):
+    """Go through Python's tree of a text, from its leaves up."""
+    if isinstance(node, ast.BinOp):
+        b = None if isinstance(node.op, ast.Pow) else walk(node.right, make, combine)
+        return combine(SIGNS[type(node.op)], walk(node.left, make, combine), b)
+    if isinstance(node, ast.UnaryOp):
+        return combine(SIGNS[type(node.op)], walk(node.operand, make, combine), None)
+    return make(node.value if isinstance(node, ast.Constant) else node.id)
 
-    def missing(self, wanted):
-        rest = "".join(self.tokens[::-1])
-        return f"{wanted} is missing {f'before {rest[:40]}' if rest else 'at the end'}; add it"
-
-    def next_is(self, *tokens):
-        return bool(self.tokens) and self.tokens[-1] in tokens
-
-    def sum(self):                                    # products with + and - between them
-        minus = self.next_is("-") and self.tokens.pop()
-        value = self.product(self.combine("-", self.item(), None) if minus else self.item())
-        while self.next_is("+", "-"):
-            value = self.combine(self.tokens.pop(), value, self.product(self.item()))
-        return value
-
-    def product(self, value):                         # items joined by * and /, or side by side: 3x
-        sign = "*"
-        while self.next_is("*", "/", "(", "x", "y"):
-            if self.next_is("*", "/"):
-                sign = self.tokens.pop()
-            elif sign == "/":
-                raise InputError("this can be read in two ways; write a * after the division")
-            value = self.combine(sign, value, self.item())
-        return value
-
-    def item(self):                                   # a number, a letter, or a sum in brackets
-        if not self.tokens or self.tokens[-1][0] not in "0123456789xy(":
-            raise InputError(self.missing("a number or an opening bracket"))
-        first = self.tokens.pop()
-        value = self.sum() if first == "(" else self.make(first)
-        if first == "(" and not self.next_is(")"):
-            raise InputError(self.missing("a closing bracket"))
-        if first == "(":
-            self.tokens.pop()
-        if self.next_is("^2") and not first.isdigit():
-            value = self.combine(self.tokens.pop(), value, None)
-        return value
+def make_terms(token):
+    return [(token, "")] if isinstance(token, int) else [(1, token)]
 
 def combine_terms(sign, a, b):
     """Two sums, as lists of terms: 3x-2 is [(3, "x"), (-2, "")]. What they are combined to."""
     if sign == "^2":
         if not any(letters for _, letters in a):
-            raise InputError(SQUARE)
+            raise InputError("only letters, and brackets with letters, can be squared; write 3*3")
         return combine_terms("*", a, a)
     if b is None:
         return [(-n, letters) for n, letters in a]
@@ -1793,49 +1729,36 @@ def combine_terms(sign, a, b):
         raise InputError("only products up to x^2, xy and y^2 are known; write fewer letters")
     return [(n * m, "".join(sorted(some + more))) for n, some in a for m, more in b]
 
-def to_terms(text):
-    """Text -> terms, multiplied out: 3(2x-1) is [(6, "x"), (-3, "")]. Raises InputError."""
-    def make(token):
-        return [(1, token)] if token in "xy" else [(int(token), "")]
-    return Reader(re.findall(TOKEN, text), make, combine_terms).value
+MONOMIALS = ("xx", "xy", "yy", "x", "y", "")          # in the order in which an answer has them
+
+def join_terms(terms):
+    """Terms to text: [(1, "xx"), (-1, "x")] is x^2-x, and [] is 0."""
+    text = "".join(f"{'' if n < 0 else '+'}{n}{letters}" for n, letters in terms)
+    text = text.replace("xx", "x^2").replace("yy", "y^2")
+    return re.sub("(?<=[+-])1(?=[xy])", "", text).removeprefix("+") or "0"
 
 def exact_value(text):
-    """What a text is worth, for all x and y: letters -> their number. Raises InputError.
+    """What a text is worth, for all x and y, in the one form of an answer. Raises InputError.
 
-    >>> exact_value("2+3/4"), exact_value("(x+1)^2-x^2")
-    ({'': Fraction(11, 4)}, {'x': 2, '': 1})
+    >>> exact_value("2*11/8"), exact_value("-7/2"), exact_value("(x+1)^2-x^2")
+    ('2+3/4', '-3-1/2', '2x+1')
     """
     total = Counter()
-    for n, letters in to_terms(text):
+    for n, letters in read(text, make_terms, combine_terms):
         total[letters] += n
-    return {letters: n for letters, n in total.items() if n}
+    whole = int(total[""])
+    terms = [(total[letters], letters) for letters in MONOMIALS[:-1]]
+    terms += [(whole, ""), (total[""] - whole, "")]
+    return join_terms(term for term in terms if term[0])
 
 def is_true(line):
-    """Are all stages of a line worth what its problem is worth? What cannot be read is not true."""
-    problem, *stages = line.split("=")
-    kind = KINDS[kind_of(problem)]
+    """Are all parts of a line worth the same? What cannot be read is not true."""
+    parts = line.split("=")
+    worth = KINDS[kind_of(parts[0])].worth
     try:
-        right = kind.worth(problem)
-        return bool(stages) and all(kind.worth(stage) == right for stage in stages)
-    except ValueError:
+        return len(parts) > 1 and len({worth(part) for part in parts}) == 1
+    except InputError:
         return False
-
-def is_simple(text):
-    """Is this an answer: a number, a fraction below 1 or a mixed number in lowest terms, or a sum
-    of unlike terms in the usual order?
-
-    >>> [is_simple(text) for text in ("-17", "3+1/2", "2/4", "x^2-x", "1x+0")]
-    [True, True, False, True, False]
-    """
-    number = "[1-9][0-9]*"
-    fraction = re.fullmatch(rf"(?:-?|{number}\+|-{number}-)({number})/({number})", text)
-    if fraction:
-        above, below = int(fraction[1]), int(fraction[2])
-        return above < below and math.gcd(above, below) == 1
-    count = "(?:[2-9]|[1-9][0-9]+)?"                  # 1x is written x
-    terms = "".join(f"(?:[-+]{count}{letters})?" for letters in (r"x\^2", "xy", r"y\^2", "x", "y"))
-    signed = text if text[:1] == "-" else f"+{text}"
-    return text == "0" or text != "" and bool(re.fullmatch(f"{terms}(?:[-+]{number})?", signed))
 
 ######## Appendix 2: the next stage of the working #################################################
 #
@@ -1888,30 +1811,28 @@ def calculate(sign, a, b):
         return Part(f"{a}{'-' if sign == '+' else '+'}{-b}", 1, minus=plain(a).minus)
     if sign in ("+", "-"):
         return plain(a + b if sign == "+" else a - b)
-    if (a < 0 or b < 0) and a != 0 and b != 0:        # -4*27=-(4*27)
+    if a * b < 0 or a < 0 and b < 0:                  # -4*27=-(4*27)
         unsigned = Part(f"{abs(a)}{sign}{abs(b)}", 2)
-        return unsigned if (a < 0) == (b < 0) else negate(unsigned)
+        return unsigned if a * b > 0 else negate(unsigned)
     summands = multiply(abs(a), abs(b)) if sign == "*" else divide(abs(a), abs(b))
     binds = 1 if len(summands) > 1 else 2 if "/" in "".join(summands) else 3
     return Part("+".join(summands) or "0", binds, summands=summands)
-
-def split_places(n):
-    """345 -> [300, 40, 5]: the number by place value, without zeros."""
-    return [int(d) * 10 ** (len(str(n)) - 1 - i) for i, d in enumerate(str(n)) if d != "0"]
 
 def multiply(a, b):
     """The summands of a product. One digit times two, with zeros behind or not, is done at once;
     the rest is split by place: 345*27 is 345*20+345*7, and 345*20 is 6000+900.
     """
-    few, many = sorted((split_places(a), split_places(b)), key=len)
+    by_place = [[int(d) * 10 ** (len(str(n)) - 1 - i) for i, d in enumerate(str(n)) if d != "0"]
+                for n in (a, b)]                      # 345 -> [300, 40, 5]
+    few, many = sorted(by_place, key=len)
     if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
         return [str(a * b)]
     if len(few) == 1:
         rest = multiply(sum(many[1:]), few[0])
         return [str(many[0] * few[0]), rest[0] if len(rest) == 1 else f"({'+'.join(rest)})"]
-    if len(split_places(a)) < len(split_places(b)):
-        return [f"{part}*{b}" for part in split_places(a)]
-    return [f"{a}*{part}" for part in split_places(b)]
+    if few is by_place[0] and len(few) < len(many):
+        return [f"{part}*{b}" for part in few]
+    return [f"{a}*{part}" for part in by_place[1]]
 
 def divide(a, b):
     """The summands of a quotient. A multiple of the divisor is taken off, a digit with zeros:
@@ -1958,37 +1879,28 @@ def simplify(fraction):
     top, bottom = ("*".join(map(str, side)) for side in (above or [1], below))
     return f"{top}/({bottom})" if len(below) > 1 else f"{top}/{bottom}"
 
-def split_tokens(text):
-    """Text to tokens; a fraction below 1 is one of them: 5-2/3 is 5, - and 2/3."""
-    tokens = []
-    for found in re.findall(f"{FRACTION}|{TOKEN}", text):
-        is_division = len(found) > 1 and "/" in found and not sides(found)
-        tokens += re.findall(TOKEN, found) if is_division else [found]
-    return tokens
-
 def rewrite(text):
     """The next stage of working with numbers; the same text at the end.
 
     >>> rewrite("(12+3)*4-6-15/18"), rewrite("15*4-6-3*5/(2*3*3)")
     ('15*4-6-3*5/(2*3*3)', '60-6-5/(2*3)')
     """
+    fractions = []                                    # each below 1 is read as a letter: f0, f1
+
+    def name(match):
+        fractions.append(match[0])
+        return f"f{len(fractions) - 1}" if sides(match[0]) else match[0]
+
     def make(token):
-        return plain(int(token), True) if token.isdigit() else Part(simplify(token), 2)
-    return Reader(split_tokens(text), make, combine_parts).value.text
-
-MONOMIALS = ("xx", "xy", "yy", "x", "y", "")          # in the order in which an answer has them
-
-def join_terms(terms):
-    """Terms to text: [(1, "xx"), (-1, "x")] is x^2-x, and [] is 0."""
-    text = "".join(f"{'' if n < 0 else '+'}{n}{letters}" for n, letters in terms)
-    text = text.replace("xx", "x^2").replace("yy", "y^2")
-    return re.sub("(?<=[+-])1(?=[xy])", "", text).removeprefix("+") or "0"
+        is_number = isinstance(token, int)
+        return plain(token, True) if is_number else Part(simplify(fractions[int(token[1:])]), 2)
+    return read(re.sub(FRACTION, name, text), make, combine_parts).text
 
 def rewrite_letters(text):
     """The next stage with letters: multiply out, or sort, or add what is alike; the first that
     changes anything. Of terms that are alike two are added: 5x-5x+2x is 0x+2x. A lone 0x goes.
     """
-    terms = to_terms(text)
+    terms = read(text, make_terms, combine_terms)
     in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
     added = []
     for letters, alike in itertools.groupby(in_order, lambda term: term[1]):
@@ -2007,7 +1919,8 @@ def solve_by_rules(problem, working=True):
     kind = KINDS[kind_of(problem)]
     stages = [problem, kind.stage(problem)]
     while stages[-1] not in stages[:-1]:
-        if "*" in stages[-2] and kind.is_answer(stages[-1]):     # a fraction stays as it came out
+        is_fraction = "*" in stages[-2] and "/" in stages[-1]    # it stays as it came out
+        if is_fraction and stages[-1] == kind.worth(problem):
             break
         stages.append(kind.stage(stages[-1]))
     if len(stages) > 2 and stages[-1] == stages[-2]:
@@ -2070,7 +1983,7 @@ def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11
         if is_expression(problem):
             return problem
 
-KINDS["expr"] = Kind(draw_expression, "[^xy]*", range(2, 5), (5, 6), 2.0, size=count_signs,
+KINDS["expr"] = Kind(draw_expression, "[^xy]*", range(2, 5), (5, 6), 1.9, size=count_signs,
                      is_drawn=is_expression, practice={
     "many": (0.6, functools.partial(draw_expression, draws=2)),
     "5 and 6": (0.06, functools.partial(draw_expression, draws=2, more=2)),
@@ -2084,16 +1997,16 @@ def draw_term(rng, letters, largest=9):
     return rng.choice((-1, 1)) * rng.randint(1, largest), letters
 
 def draw_like_terms(rng, top, hard):
-    """8x+3-5y+2x-7; one term in twelve cancels an earlier one, or nearly."""
+    """8x+3-5y+2x-7; one term in twelve cancels an earlier one; in practice more do, or nearly."""
     mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")]
     letters = rng.choice(mixtures + [MONOMIALS] * (3 if hard else 1))
     largest = rng.choice((9, 99) if hard else (9, 9, 99))
     n_terms = max(rng.randint(2, top + 1) for _ in range(1 + hard))
     terms = [draw_term(rng, rng.choice(letters), largest) for _ in range(n_terms)]
     for i in range(1, n_terms):
-        if rng.random() < 0.08:
+        if rng.random() < (0.15 if hard else 0.08):
             n, alike = rng.choice(terms[:i])
-            terms[i] = -n + rng.choice((0, 0, 1, -1)) * hard or 1, alike
+            terms[i] = -n + rng.choice((0, 1, -1, -2)) * hard or 1, alike
     return join_terms(terms)
 
 def draw_bracket(rng, hard):
@@ -2132,7 +2045,7 @@ ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
 PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"
 ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{PRODUCT}")
 
-KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.4, size=count_signs,
+KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.3, size=count_signs,
                         stage=rewrite_letters, practice={
     "many": (0.74, functools.partial(draw_algebra, hard=True))},
     is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem) is not None)
@@ -2158,6 +2071,12 @@ def draw_fraction(rng, top):
     b = rng.randint(2, max(2, 99 // common))
     return f"{rng.randrange(1, b) * common}/{b * common}"
 
+def draw_close_quotient(rng, top):
+    """Close to a digit and zeros, which are easily one too large: 94/98, 41/40, 6189/9"""
+    b = max(2, draw_number(rng, rng.randint(1, 2)))
+    zeros = 10 ** rng.randint(0, max(0, top - 3))
+    return f"{max(1, rng.randint(1, 9) * b * zeros + rng.randint(-9, 9) * zeros)}/{b}"
+
 def draw_shape(shapes, rng, top):
     """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C
     two digits; m up to `top` digits; M four, if `top` allows; R a round one; T 11 to 19; v, w the
@@ -2175,7 +2094,7 @@ def draw_shape(shapes, rng, top):
 PRACTICE = (                                          # kind, name, share, shapes
     ("mul", "4 by 1 and 2", 0.15, "M*a a*M M*A A*M"),
     ("mul", "round", 0.2, "R*m m*R R*A A*R"),
-    ("div", "small", 0.2, "A/a A/T m/T Aa/B cd/T"),
+    ("div", "small", 0.2, "A/a A/a A/T m/T Aa/B cd/T A/B A/B a/A"),
     ("algebra", "products", 0.08, "(-avsc)(-bvtd) (-avsc)(bvtd) (avsc)(-bvtd) (v+c)(v-c) "
                                   "(v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v)"),
     ("algebra", "large numbers", 0.06, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
@@ -2185,8 +2104,9 @@ PRACTICE = (                                          # kind, name, share, shape
 for name, shape, share, shapes in PRACTICE:
     KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
 KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
-KINDS["sub"].practice["near"] = 0.4, functools.partial(draw_near, "-")
+KINDS["sub"].practice["near"] = 0.45, functools.partial(draw_near, "-")
 KINDS["div"].practice["fractions"] = 0.22, draw_fraction
+KINDS["div"].practice["close"] = 0.1, draw_close_quotient
 
 def is_drawn(problem):
     """Could a problem with two numbers have been drawn? A divisor has two digits at most."""
@@ -2204,9 +2124,8 @@ for name in ("add", "sub", "mul", "div"):
 ######## The page of Step 7-4 ######################################################################
 
 PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8">
+<html lang="en"><meta charset="utf-8"><title>tinyllm</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tinyllm</title>
 <style nonce="NONCE">
 :root { color-scheme: light dark; --ink: light-dark(#1d1d1f, #ececec); --paper: light-dark(#fbfaf7, #17181b);
   --soft: light-dark(#5c5c63, #a5a7ae); --line: light-dark(#d8d5cc, #3a3c42); --accent: light-dark(#0b57a4, #86b9f5);
@@ -2296,9 +2215,9 @@ function choose(t) {
   const i = (chosen = t) - reply.start, spans = [...$("tokens").children];
   spans.forEach((span, s) => { span.classList.toggle("chosen", s === t); paint(span, 0); });
   for (const id of ["next", "grid"]) $(id).replaceChildren();
-  for (const [token, p] of reply.next[i])
+  for (const [token, p] of reply.tokens[i].next)
     add(add($("next"), "label", `${token} ${(100 * p).toFixed(1)}% `), "meter", "", {value: p});
-  reply.weights[i].forEach((digits, n) => {
+  reply.tokens[i].heads.forEach((digits, n) => {
     const row = add($("grid"), "div", "", {className: /[89]/.test(digits) ? "sharp" : ""});
     add(row, "b", `head ${Math.floor(n / data.heads) + 1}.${n % data.heads + 1}`);
     for (const digit of digits) paint(add(row, "i", ""), digit);

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tinyllm import Config, InputError, TinyLLM, decode, encode
 
-tinyllm.Run.N_PROBLEMS = 3                          # its rows are not what most tests look at
+tinyllm.N_PROBLEMS = 3                              # its rows are not what most tests look at
 HERE = Path(__file__).parent
 SOURCE = (HERE / "tinyllm.py").read_text(encoding="utf-8")
 SLOW = bool(os.environ.get("TINYLLM_SLOW"))
@@ -100,7 +100,7 @@ def test_the_file_can_be_read():
     assert end <= TUTORIAL_LINES and len(rows) <= ALL_LINES
     assert [row for row in code if len(row) > 100] == []
 
-TUTORIAL_LINES, ALL_LINES = 920, 2258
+TUTORIAL_LINES, ALL_LINES = 920, 2190
 
 def test_every_example_in_the_file_is_true():
     """Documentation that is run cannot be wrong: all doctests, Step 1's five facts among them."""
@@ -434,9 +434,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save({**state, "format": 99, "config": {"a_new_idea": 1}}, bad)
     with pytest.raises(InputError, match="another version"):
         tinyllm.load_checkpoint(bad)
-    torch.save({**state, "model": {name: tensor * float("nan") for name, tensor in state["model"].items()}}, bad)
-    with pytest.raises(InputError, match="not numbers"):
-        tinyllm.load_checkpoint(bad)
     with pytest.raises(InputError, match="is not there"):
         tinyllm.load_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(InputError, match="may not be read"):
@@ -662,11 +659,11 @@ def test_forgiving_input(text, problem):
     assert tinyllm.prepare(text, small_model()) == problem
 
 @pytest.mark.parametrize("text, words", [
-    ("12+a", "unknown character 'a'.* x and y"), ("12+x\u00b3", "SUPERSCRIPT THREE"), ("3\u00bd", "FRACTION ONE HALF"),
+    ("12+a", "unknown character 'a'.*; write"), ("12+x\u00b3", "SUPERSCRIPT THREE"), ("3\u00bd", "FRACTION ONE HALF"),
     ("(1+2", "bracket its partner"), ("1+2)", "bracket its partner"), ("1+", "two sides"), ("1++2", "two sides"),
     ("x2", "3x for x3"), ("3^2", "only letters"), ("(1+2)\u00b2", "only letters"), ("(2)^2+x", "only letters"),
     ("x^3", "x\\^2 for a square"), ("2**3", "x\\^2 for a square"), ("x*x*x", "up to x\\^2"), ("(x^2)^2", "up to x\\^2"),
-    ("(2x+4)/2", "letters cannot be divided"), ("6/2(1+2)", "behind a division"), ("6/2x", "behind a division"),
+    ("(2x+4)/2", "letters cannot be divided"), ("(1/2)*x", "letters cannot be divided"), ("6/2(1+2)", "behind a division"), ("6/2x", "behind a division"),
     ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("1/0", "division by zero"), ("3.5*2", "unknown"),
     ("3*(1/(2-2))", "division by zero"), ("1=1", "without ="), ("3,5", "decimals"), ("(" * 150 + "1" + ")" * 150, "parts"),
     ("9" * 10_000, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
@@ -683,6 +680,14 @@ def test_nested_squares_take_no_time():
         with pytest.raises(InputError):
             tinyllm.prepare(text, small_model(block_size=900))
             raise InputError("it was read")
+    assert time.perf_counter() - began < 1
+
+def test_a_note_takes_no_time():
+    """The note never works a person's problem out: long primes and long workings would keep it busy."""
+    began = time.perf_counter()
+    for problem in ("1/(9999*9999*9999-1)", "3163*5766*8700*7952", f"1/{10 ** 15 + 37}", f"{10 ** 15 + 39}/{10 ** 15 + 37}"):
+        assert tinyllm.prepare(problem, small_model(block_size=900)) == problem
+        assert tinyllm.is_outside(problem, Config()) in (True, False)
     assert time.perf_counter() - began < 1
 
 @pytest.mark.parametrize("problem", ["1/2+1/3", "3/4-1/2", "1/2/2", "2*(1/2)", "2(x+(y-1))", "3(x+1)(x+2)", "123x+4x",

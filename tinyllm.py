@@ -549,9 +549,9 @@ SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-
 LONG = (11, 12, 14, 16, 18, 20)
 KINDS = {
     "add": Kind(functools.partial(draw_sum, "+"), rf"-?[0-9]+\+{SECOND}", range(1, 11), LONG, 0.5),
-    "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.85),
+    "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.95),
     "mul": Kind(draw_product, rf"-?[0-9]+\*{SECOND}", range(1, 4), (4,), 0.9),
-    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 2.0),
+    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 1.9),
 }                                                     # the appendix adds expr and algebra
 
 def kind_of(problem):
@@ -790,16 +790,15 @@ def learn(model, optimizers, x, addresses, y):
     return loss.item()
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train a model. Run (Step 7-5) takes batches from ProblemStream until the run is over, counts
-    steps in `progress`, shows rows by `report`, saves to `out` at every tenth and at Ctrl-C.
+    """Train a model. batches_of_run (Step 7-5) takes batches from ProblemStream, counts steps in
+    `progress`, shows rows by `report`, and saves to `out` at every tenth and at Ctrl-C.
     """
-    run = Run(model, optimizers, progress, out, report)
-    for x, addresses, y in run.batches():
+    losses = []                                       # since the last point of the loss curve
+    for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
         factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
         for optimizer in optimizers:                  # defaults: the rate that it was made with
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
-        # network: the model, or where processes train together what averages their gradients
-        run.note(learn(run.network, optimizers, x, addresses, y), x.numel())
+        losses.append(learn(model, optimizers, x, addresses, y))
 
 ######## Step 5-3: watching it learn ###############################################################
 #
@@ -823,10 +822,8 @@ def save_checkpoint(path, model, optimizers=(), progress=None):
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "progress": progress or new_progress()})
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
-    model, state = read_whole(path)                   # runs no code from the file
-    return model.to(device).eval(), state
+# load_checkpoint (Step 7-5) reads it again: path -> (model, all that is in the file). It runs no
+# code from the file.
 
 ######## Step 6-1: writing an answer ###############################################################
 
@@ -899,7 +896,8 @@ def check(line):
     ((True, True), (True, False), (False, False), (False, False))
     """
     problem, *stages = line.split("=")
-    answer = stages[-1:] == [KINDS[kind_of(problem)].worth(problem)]
+    last = stages[-1] if stages else ""
+    answer = is_true(f"{problem}={last}") and last == KINDS[kind_of(problem)].worth(last)
     return answer, answer and is_true(line)
 
 def evaluate(model, problems):
@@ -930,7 +928,6 @@ import contextlib                                                               
 import http                                                                       # noqa: E402
 import inspect                                                                    # noqa: E402
 import io                                                                         # noqa: E402
-import itertools                                                                  # noqa: E402
 import json                                                                       # noqa: E402
 import secrets                                                                    # noqa: E402
 import shlex                                                                      # noqa: E402
@@ -938,7 +935,6 @@ import socketserver                                                             
 import threading                                                                  # noqa: E402
 import unicodedata                                                                # noqa: E402
 import wsgiref.simple_server                                                      # noqa: E402
-from collections import Counter                                                   # noqa: E402
 from fractions import Fraction                                                    # noqa: E402
 import torch.distributed as dist                                                  # noqa: E402
 
@@ -955,9 +951,9 @@ def watch(model, line):
     weights = torch.stack([block.attention.weights[0] for block in model.blocks])
     return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.softmax(-1).cpu()
 
-def to_digits(weights):
-    """Weights of 0 to 1 as a digit each: 0, 0.15, 1 is "019"."""
-    return "".join(str(min(9, int(10 * weight))) for weight in weights.tolist())
+def shades(weights, marks):
+    """Weights of 0 to 1 as one of ten marks each: 0, 0.15, 1 is "019" with "0123456789"."""
+    return "".join(marks[min(9, int(10 * weight))] for weight in weights.tolist())
 
 def look(model, line, width=74):
     """A picture of the head that looks sharply at most places: a row for each character that was
@@ -972,51 +968,36 @@ def look(model, line, width=74):
     for left in range(0, len(text), width):
         rows.append("     " + text[left:left + width])
         for t in range(max(start, left), len(text)):
-            digits = to_digits(weights[layer, head, t, :t + 1])[left:left + width]
-            shades = digits.translate(str.maketrans("0123456789", " .:-=+*#%@"))
-            rows.append(f"{(text + ' ')[t + 1]:>3}  {shades}".rstrip())
+            row = shades(weights[layer, head, t, :t + 1], " .:-=+*#%@")[left:left + width]
+            rows.append(f"{(text + ' ')[t + 1]:>3}  {row}".rstrip())
     return "\n".join(rows)
 
 ######## Step 7-2: mathematics as it is printed ####################################################
 #
 # The line is all there is. LaTeX, for papers, and MathML, for browsers, are two views of it.
 
-LATEX, MATHML = 0, 1
-WRITTEN = {"number": ("{}", "<mn>{}</mn>"), "letter": ("{}", "<mi>{}</mi>"),
-           "fraction": (r"\frac{{{}}}{{{}}}", "<mfrac><mrow>{}</mrow><mrow>{}</mrow></mfrac>"),
-           "square": ("{}^{{2}}", "<msup>{}<mn>2</mn></msup>"), "sign": ("{}", "<mo>{}</mo>"),
-           "*": (r" \times ", "<mo>&#xD7;</mo>"), "-": ("-", "<mo>&#x2212;</mo>"),
-           "/": (r" \div ", "<mo>&#xF7;</mo>"), "division": (r"{} \div {}", "{}<mo>&#xF7;</mo>{}")}
+# Each is a list of replacements, made one after the other; {1|2} is a fraction by then.
+LATEX = [("{", r"\\frac{"), (r"\|", "}{"), (r"\*", r" \\times "), ("/", r" \\div "),
+         ("\u00b2", "^{2}")]
+MATHML = [("/", "\u00f7"), (r"\*", "\u00d7"), ("-", "\u2212"), ("[0-9]+", r"<mn>\g<0></mn>"),
+          ("[xy]", r"<mi>\g<0></mi>"), ("[+()=^\u00f7\u00d7\u2212]", r"<mo>\g<0></mo>"),
+          ("(<m.>[^<]+</m.>)\u00b2", r"<msup>\1<mn>2</mn></msup>"),
+          ("{", "<mfrac><mrow>"), (r"\|", "</mrow><mrow>"), ("}", "</mrow></mfrac>")]
+
+def mark_fraction(match):
+    """2*7/(3*5) is {2*7|3*5}, a fraction; 7/2 stays a division."""
+    bare = match[0].replace("(", "").replace(")", "").replace("/", "|")
+    return f"{{{bare}}}" if sides(match[0]) else match[0]
 
 def typeset(text, language):
-    """A stage as LaTeX or MathML. 1/2 is printed as a fraction, 7/2 as a division.
-
-    >>> print(typeset("(36/9)*4", LATEX), typeset("3+2*7/23", LATEX), typeset("7/2-x^2", LATEX))
-    (36 \\div 9) \\times 4 3+\\frac{2 \\times 7}{23} 7 \\div 2-x^{2}
-    """
-    shown = ""
-    for token in re.findall(rf"{FRACTION}|[xy)]\^2|[0-9]+|.", text):
-        name, parts = token if token in WRITTEN else "sign", [token]
-        if token.isdigit() or token in "xy":
-            name = "number" if token.isdigit() else "letter"
-        elif token[1:] == "^2":
-            name, parts = "square", [typeset(token[0], language)]
-        elif len(token) > 1:
-            name = "fraction" if sides(token) else "division"
-            texts = token.replace("(", "").replace(")", "") if sides(token) else token
-            parts = [typeset(text, language) for text in texts.split("/")]
-        shown += WRITTEN[name][language].format(*parts)
+    """A stage as LaTeX or MathML."""
+    shown = re.sub(FRACTION, mark_fraction, text.replace("^2", "\u00b2"))
+    for pattern, replacement in language:
+        shown = re.sub(pattern, replacement, shown)
     return shown.replace("(", r"\left(").replace(")", r"\right)") if r"\frac" in shown else shown
 
 def to_latex(line):
-    r"""A line as an align* block of LaTeX.
-
-    >>> print(to_latex("10/4=2+(10-8)/4=2+1/2"))
-    \begin{align*}
-    10 \div 4&=2+(10-8) \div 4 \\
-    &=2+\frac{1}{2}
-    \end{align*}
-    """
+    """A line as an align* block of LaTeX."""
     problem, *stages = [typeset(stage, LATEX) for stage in line.split("=")]
     rows = " \\\\\n".join("&=" + stage for stage in stages)
     return "\\begin{align*}\n" + problem + rows + "\n\\end{align*}"
@@ -1027,18 +1008,14 @@ LOOKALIKES = str.maketrans("\u00d7\u22c5\u00b7\u2217\u00f7\u2215\u2044:"
                            "\u2212\u2010\u2011\u2013\u2014[{]}", "****////-----(())", "\ufeff")
 
 def normalize(text):
-    """What people type, in the characters of VOCAB. Raises InputError for what cannot be meant.
-
-    >>> normalize(" 12 \\u00d7 [3 + 007] = "), normalize("+6,358--2X")
-    ('12*(3+7)', '6358-(-2x)')
-    """
+    """What people type, in the characters of VOCAB. Raises InputError for what cannot be meant."""
     text = text.replace("\u00b2", "^2").replace("**", "^")
-    clean = unicodedata.normalize("NFKC", text.translate(LOOKALIKES)).translate(LOOKALIKES).lower()
+    clean = unicodedata.normalize("NFKC", text).translate(LOOKALIKES).lower()
     unknown = [c for c in text if unicodedata.category(c) == "No"]               # a raised 3
     unknown += [c for c in clean if c not in ID and c != "," and not c.isspace()]
     if unknown:
         name = unicodedata.name(unknown[0], "")
-        raise InputError(f"unknown character {ascii(unknown[0])} {name}; known: {VOCAB[1:]}")
+        raise InputError(f"unknown character {ascii(unknown[0])} {name}; write these: {VOCAB[1:]}")
     if re.search(r"[0-9]\s+[0-9]", clean):
         raise InputError("there is a space inside a number; write 1 1/2 as 1+1/2")
     clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
@@ -1066,11 +1043,7 @@ def prepare(text, model):
     return problem
 
 def is_outside(problem, config):
-    """Is this problem of a kind that was not learned, or one that could not have been drawn?
-
-    >>> [is_outside(problem, Config()) for problem in ("12*34", "1/2+1/3", "1234*5678", "123x+4x")]
-    [False, True, True, True]
-    """
+    """Is this problem of a kind that was not learned, or one that could not have been drawn?"""
     kind = kind_of(problem)
     return kind not in config.kinds.split() or not KINDS[kind].is_drawn(problem)
 
@@ -1078,11 +1051,7 @@ RIGHT = "the answer is right"
 OUTSIDE = "this problem is outside the range that the model was trained on"
 
 def explain(line):
-    """The exact check in words: of each stage, and of the answer.
-
-    >>> explain("2+3*4=5*4=20")
-    (['NOT TRUE: it should be 14', 'follows from that'], 'this is NOT the right answer')
-    """
+    """The exact check in words: of each stage, and of the answer."""
     problem, *stages = line.split("=")
     words = []
     for before, stage in zip([problem, *stages], stages):
@@ -1121,7 +1090,7 @@ def reply_to(model, text):
     for t in range(start, len(read)):
         values, ids = probabilities[t].topk(3)
         likeliest = [VOCAB[i].replace("\n", "end") for i in ids.tolist()]
-        heads = [to_digits(head[t, :t + 1]) for head in weights.flatten(0, 1)]
+        heads = [shades(head[t, :t + 1], "0123456789") for head in weights.flatten(0, 1)]
         tokens.append({"next": list(zip(likeliest, values.tolist())), "heads": heads})
     return {"problem": shown, "stages": list(zip(stages, words)), "latex": to_latex(line),
             "right": sentence == RIGHT, "sentence": sentence, "note": note,
@@ -1147,8 +1116,8 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         self.model, self.host, self.lock = model, host, threading.Lock()
         kinds = model.config.kinds.split()
         examples = [problem for problem in EXAMPLES if kind_of(problem) in kinds]
-        is_right = [check(line)[0] for line in solve(model, examples, max_tokens=160)]
-        right = list(itertools.compress(examples, is_right))
+        lines = solve(model, examples, max_tokens=160)
+        right = [problem for problem, line in zip(examples, lines) if check(line)[0]]
         wrong = [problem for problem in examples if problem not in right][-1:]
         self.data = json.dumps({"right": right, "wrong": wrong, "history": history,
                                 "heads": model.config.n_head})
@@ -1213,12 +1182,9 @@ def held_out_problems(kind, count, size=None, draw=None, seed=1):
             break
     return list(found)
 
-def are_finite(state):
-    return all(tensor.isfinite().all() for tensor in state["model"].values())
-
 def write_whole(path, state):
     """Save beside `path`, then rename, so that the file is always whole. Raises InputError."""
-    if not are_finite(state):
+    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
         raise InputError(f"the weights are no numbers now: {path} keeps the last good state; "
                          "try a smaller --lr")
     beside = f"{path}.{os.getpid()}.tmp"
@@ -1233,8 +1199,8 @@ def write_whole(path, state):
         with contextlib.suppress(OSError):
             os.remove(beside)
 
-def read_whole(path):
-    """Read a checkpoint, and see that it is one of ours: (model, state). Raises InputError."""
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
     try:
         with open(path, "rb") as file:
             data = io.BytesIO(file.read())
@@ -1243,17 +1209,15 @@ def read_whole(path):
         raise InputError(f"the checkpoint {path} {reason}; give another, or train one") from error
     try:
         state = torch.load(data, map_location="cpu", weights_only=True)           # runs no code
-        if (state["format"], state["vocabulary"]) != (FORMAT, VOCAB):
-            raise InputError(f"{path} was written by another version of tinyllm; train again")
         model = TinyLLM(Config(**state["config"]))
         model.load_state_dict(state["model"])
-        if not are_finite(state):
-            raise InputError(f"{path} holds weights that are not numbers; train again")
-    except InputError:
-        raise
+        is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
+        if not is_ours or set(model.config.kinds.split()) - set(KINDS):
+            raise ValueError
     except Exception as error:                        # a damaged file fails in a dozen ways
-        raise InputError(f"{path} is damaged, or no checkpoint; train again") from error
-    return model, state
+        raise InputError(f"{path} is damaged, no checkpoint, or written by another version of "
+                         "tinyllm; train again") from error
+    return model.to(device).eval(), state
 
 def show_live(text):
     """On a terminal, show a line that the next one replaces, cut to the width."""
@@ -1262,97 +1226,81 @@ def show_live(text):
 
 RANK = int(os.environ.get("RANK", 0))                 # torchrun: which process this is, of how many
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+N_PROBLEMS = 100                                      # held-out problems of each kind, for a row
 
-class Run:
-    """What surrounds the training loop: the clock, the rows, saving, Ctrl-C, several processes.
+def average(weight):
+    """The gradient of a weight becomes the mean over all processes."""
+    weight.grad /= WORLD_SIZE
+    dist.all_reduce(weight.grad)
+
+def batches_of_run(model, optimizers, progress, losses, out, report):
+    """Batches until the run is over or Ctrl-C is pressed. Behind each yield the step is counted; by
+    then its loss is in `losses`. A hundredth of the run is a point of the loss curve; a tenth is a
+    row, and is saved.
 
     `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes. Each learns from batches of
-    its own, and backward averages their gradients (Li et al. 2020, "PyTorch Distributed"). So all
-    take the same step and stay equal: one run with a batch twice as large.
+    its own, and their gradients are averaged (Li et al. 2020, "PyTorch Distributed"). So all take
+    the same step and stay equal: one run with a batch twice as large.
     """
-    N_PROBLEMS = 100                                  # held-out problems of each kind, for a row
-
-    def __init__(self, model, optimizers, progress, out, report):
-        self.model, self.optimizers, self.progress = model.train(), optimizers, progress
-        self.out, self.report = out, report
-        self.network = model
-        if WORLD_SIZE > 1:
-            dist.init_process_group("nccl" if model.head.weight.is_cuda else "gloo")
-            self.network = nn.parallel.DistributedDataParallel(
-                model, find_unused_parameters=not model.config.place)
-        self.pressed = self.measuring = False
-        self.losses, self.tokens = [], 0
-        if report:
-            kinds = model.config.kinds.split()
-            self.problems = {kind: held_out_problems(kind, self.N_PROBLEMS) for kind in kinds}
-            report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in kinds))
-
-    def press(self, *_):
-        """Ctrl-C does not strike in the middle of a step, and only once while it measures."""
-        self.pressed = True
-        if self.measuring:
-            self.measuring = False
-            raise KeyboardInterrupt
-
-    def batches(self):
-        """Batches until the run is over, or Ctrl-C is pressed: then the run is saved."""
-        previous = signal.signal(signal.SIGINT, self.press)
-        stream = ProblemStream(self.model.config, self.progress, RANK, WORLD_SIZE)
-        self.began = self.row_began = time.perf_counter()
-        for batch in DataLoader(stream, batch_size=None):
-            if WORLD_SIZE > 1:                        # one clock and one decision for all
-                both = torch.tensor([self.progress["seconds"], self.pressed], dtype=torch.float64)
-                both = both.to(self.model.head.weight.device)
-                dist.all_reduce(both)
-                self.progress["seconds"] = both[0].item() / WORLD_SIZE
-                self.pressed = both[1].item() > 0
-            if self.pressed or part_done(self.progress, self.model.config) == 1:
-                break
-            yield [tensor.to(self.model.head.weight.device) for tensor in batch]
-        if WORLD_SIZE > 1:
-            self.network = None
-            dist.destroy_process_group()
-        if self.pressed:                              # press stays: a second Ctrl-C spoils nothing
-            if self.report:
-                save_checkpoint(self.out, self.model, self.optimizers, self.progress)
-            raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, previous)
-
-    def note(self, loss, n_tokens):
-        """Count a step; a hundredth of the run is a point of the loss curve, a tenth is a row."""
-        progress, seconds = self.progress, time.perf_counter() - self.began
-        before = part_done(progress, self.model.config)
+    presses = []                                      # of Ctrl-C, which waits for the end of a step
+    previous = signal.signal(signal.SIGINT, lambda *_: presses.append(1))
+    model.train()
+    config, device = model.config, model.head.weight.device
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(average)
+    if report:
+        asked = {kind: held_out_problems(kind, N_PROBLEMS) for kind in config.kinds.split()}
+        report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
+    n_tokens, resumed_at = 0, progress["seconds"]
+    stream = ProblemStream(config, progress, RANK, WORLD_SIZE)
+    began = time.perf_counter()
+    for batch in DataLoader(stream, batch_size=None):
+        stop = len(presses)
+        if WORLD_SIZE > 1:                            # one clock and one decision for all
+            sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
+            dist.all_reduce(sums)
+            progress["seconds"] = sums[0].item() / WORLD_SIZE
+            stop = sums[1].item()
+        before = part_done(progress, config)
+        if stop or before == 1:
+            break
+        yield [tensor.to(device) for tensor in batch]
         progress["step"] += 1
-        progress["seconds"] += seconds
-        done = part_done(progress, self.model.config)
-        self.losses.append(loss)
-        self.tokens += n_tokens
-        if self.report and int(100 * done) > int(100 * before):
+        progress["seconds"] += time.perf_counter() - began
+        n_tokens += batch[0].numel()
+        done = part_done(progress, config)
+        if report and int(100 * done) > int(100 * before):
             point = {"step": progress["step"], "seconds": progress["seconds"],
-                     "loss": sum(self.losses) / len(self.losses)}
-            self.losses = []
+                     "loss": sum(losses) / len(losses)}
+            losses.clear()
             progress["history"].append(point)
             minutes = point["seconds"] / 60
-            speed = self.tokens / (time.perf_counter() - self.row_began)
+            speed = n_tokens / (point["seconds"] - resumed_at)
             row = f"{point['step']:6} {done:4.0%} {point['loss']:6.4f} {speed:8,.0f} {minutes:4.1f}"
             show_live(f"{row}  {minutes * (1 - done) / done:.1f} minutes left")
             if int(10 * done) > int(10 * before):
-                self.show_row(row, point)
-                save_checkpoint(self.out, self.model, self.optimizers, progress)
-        self.began = time.perf_counter()              # measuring does not count as training
-
-    def show_row(self, row, point):
-        """Ask held-out problems and show which part of the answers is right, by kind."""
-        show_live(f"{row} measuring ...")
-        self.measuring = True
-        with contextlib.suppress(KeyboardInterrupt):
-            right = {kind: evaluate(self.model, problems)["answers"] / max(1, len(problems))
-                     for kind, problems in self.problems.items()}
-            point["right"] = right
-            show_live("")
-            self.report(row + "".join(f"{part:8.0%}" for part in right.values()))
-        self.measuring = False
-        self.tokens, self.row_began = 0, time.perf_counter()
+                show_live(f"{row}  measuring ...")
+                press = signal.signal(signal.SIGINT, signal.default_int_handler)
+                try:                                  # Ctrl-C breaks off the measuring at once
+                    right = {kind: evaluate(model, problems)["answers"] / max(1, len(problems))
+                             for kind, problems in asked.items()}
+                    point["right"] = right
+                    show_live("")
+                    report(row + "".join(f"{part:8.0%}" for part in right.values()))
+                except KeyboardInterrupt:
+                    presses.append(1)
+                signal.signal(signal.SIGINT, press)
+                save_checkpoint(out, model, optimizers, progress)
+        began = time.perf_counter()                   # measuring does not count as training
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if stop and report:                               # a second Ctrl-C still spoils nothing
+        save_checkpoint(out, model, optimizers, progress)
+        raise KeyboardInterrupt("saved; go on with: python tinyllm.py train --resume --out "
+                                + shlex.quote(out))
+    signal.signal(signal.SIGINT, previous)
 
 ######## Step 7-6: the commands ####################################################################
 #
@@ -1423,29 +1371,25 @@ def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = 
     until = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
     print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
           f"{torch.get_num_threads()}, from step {progress['step']:,} to {until}, seed "
-          f"{config.seed}, torch {torch.__version__}", flush=True)
-    file = shlex.quote(out)
-    try:
-        fit(model, optimizers, progress, out, functools.partial(print, flush=True))
-    except KeyboardInterrupt:
-        go_on = f"saved; go on with: python tinyllm.py train --resume --out {file}"
-        raise KeyboardInterrupt(go_on) from None
+          f"{config.seed}, torch {torch.__version__}")
+    fit(model, optimizers, progress, out, print)
     print(f"Trained in {progress['seconds'] / 60:.1f} minutes, saved as {out}. Measuring ...")
     measure(model, {kind: held_out_problems(kind, 500, seed=2) for kind in config.kinds.split()})
     print("Now it answers:", *solve(model, some), sep="\n    ")
+    file = shlex.quote(out)
     problem = "123+456" if config.kinds == "add" else "12*34"
     print(f'Now try:\n    python tinyllm.py ask --checkpoint {file} "{problem}"')
     print(f"    python tinyllm.py eval --checkpoint {file}")
 
 def measure(model, asked):
     """Ask lists of problems by name; print a row for each when it is ready. Returns the results."""
-    print(f"{'':26} problems  answers right  workings right  length", flush=True)
+    print(f"{'':26} problems  answers right  workings right  length")
     results = {}
     for name, problems in asked.items():
         result = results[name] = evaluate(model, problems)
         n = max(1, len(problems))
         print(f"{name:26} {len(problems):8}  {result['answers'] / n:13.2%}  "
-              f"{result['workings'] / n:14.2%} {result['length']:7.1f}", flush=True)
+              f"{result['workings'] / n:14.2%} {result['length']:7.1f}")
     return results
 
 def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: float = 0.0,
@@ -1459,10 +1403,8 @@ def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: f
     if problems < 1 or not 0 <= target <= 1:
         raise InputError("--problems must be at least 1, and --target a part from 0 to 1")
     model, _ = load_checkpoint(checkpoint, pick_device(device))
-    kinds, asked = model.config.kinds.split(), {}
-    print(f"Held-out problems, greedy decoding, {checkpoint}")
-    results = measure(model, {kind: held_out_problems(kind, problems) for kind in kinds})
-    print("By size, * larger than any that it was trained on; then what it has practised:")
+    kinds = model.config.kinds.split()
+    asked = {kind: held_out_problems(kind, problems) for kind in kinds}
     some = max(1, problems // 5)
     for kind in kinds:
         for size in [*KINDS[kind].sizes, *KINDS[kind].beyond]:
@@ -1470,12 +1412,14 @@ def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: f
             asked[name] = held_out_problems(kind, some, size)
         for name, (_, draw) in KINDS[kind].practice.items():
             asked[f"{kind} {name}"] = held_out_problems(kind, some, draw=draw)
-    measure(model, asked)
-    for line in [line for result in results.values() for line in result["wrong"][:2]]:
+    print(f"Held-out problems, greedy decoding, {checkpoint}: by kind, size, and what it practised."
+          "\n* is larger than any that it was trained on.")
+    results = measure(model, asked)
+    for line in [line for kind in kinds for line in results[kind]["wrong"][:2]]:
         words, sentence = explain(line)
         first = next((said for said in words if said != "true"), sentence)
         print(f"wrong: {line[:300]}\n       {first}")
-    low = [kind for kind, r in results.items() if r["answers"] < target * r["problems"]]
+    low = [kind for kind in kinds if results[kind]["answers"] < target * len(asked[kind])]
     if low:
         print(f"below the target of {target}: {', '.join(low)}")
     return 1 if low else 0
@@ -1509,7 +1453,6 @@ def command_ask(*problem, checkpoint: str = "tinyllm.pt", plain: bool = False,
                 print(next(lines))
             else:
                 show(next(lines), model.config, latex)
-        sys.stdout.flush()
     return status
 
 def show(line, config, latex):
@@ -1573,7 +1516,7 @@ def command_serve(checkpoint: str = "tinyllm.pt", port: int = 8000, host: str = 
         if host not in ("127.0.0.1", "localhost"):
             print("warning: everyone who can reach this machine can use this page")
         name = "127.0.0.1" if host == "0.0.0.0" else host
-        print(f"http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        print(f"http://{name}:{server.server_port}/ (Ctrl-C ends it)")
         server.serve_forever()
 
 def command_data(kind: str = "", split: str = "train", count: int = 10, seed: int = 0):
@@ -1618,6 +1561,7 @@ COMMANDS = {"train": command_train, "eval": command_eval, "ask": command_ask, "l
 def make_parser():
     """A command for each function, a flag for each parameter, help from docstrings and comments."""
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
+    parser.set_defaults(function=parser.print_help)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     config_help = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M)
     for command, function in COMMANDS.items():
@@ -1626,34 +1570,30 @@ def make_parser():
         sub.set_defaults(function=function)
         texts = dict([("device", "auto, cpu, cuda or mps"), *config_help,
                       *re.findall(r"^(\w+): (.*)", text, re.M)])
-        flags = inspect.signature(function).parameters
-        if "config" in flags:                         # **config: every field of Config
-            flags = {**flags, **inspect.signature(Config).parameters}
+        flags = dict(inspect.signature(function).parameters)
+        if flags.pop("problem", None):
+            sub.add_argument("problem", nargs="*", help=texts["problem"])
+        if flags.pop("config", None):                 # **config: every field of Config
+            flags.update(inspect.signature(Config).parameters)
         for name, flag in flags.items():
-            if flag.kind == flag.VAR_POSITIONAL:
-                sub.add_argument(name, nargs="*", help=texts[name])
-            elif flag.kind != flag.VAR_KEYWORD:
-                how = {"type": flag.annotation}
-                if flag.annotation is bool:
-                    how = {"action": argparse.BooleanOptionalAction}
-                about = texts[name]
-                if flag.default not in (None, ""):
-                    about += f" (default: {flag.default})"
-                sub.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about, **how)
+            how = {"type": flag.annotation}
+            if flag.annotation is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            about = texts[name]
+            if flag.default not in (None, ""):
+                about += f" (default: {flag.default})"
+            sub.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about, **how)
     return parser
 
 def main(argv=None):
     """Run a command; returns the exit status: 0 fine, 1 below --target, 2 bad input, 130 Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")          # what a console cannot show is a "?"
+    # each line goes out at once, and what a console cannot show is a "?"
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^(?=-[0-9xy(])", " ", text) for text in argv]    # -5+3 is a problem, no flag
     try:
-        parser = make_parser()
-        args = vars(parser.parse_args(argv))
-        if "function" not in args:
-            parser.print_help()
-            return 0
+        args = vars(make_parser().parse_args(argv))
         return args.pop("function")(*args.pop("problem", []), **args) or 0
     except InputError as error:
         print(f"tinyllm: {error}", file=sys.stderr)
@@ -1677,12 +1617,21 @@ SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.MatMult: "*", ast.Div: "
 NONSENSE = r"[-+*/]{2}|[xy)][0-9]|\^(?!2(?![0-9^]))|/([0-9]+|\([^()]*\))[xy(]"
 UNREADABLE = ("this cannot be read; see that each sign has two sides and each bracket its partner, "
               "and write 3x for x3, x^2 for a square, and a * behind a division")
+DIVIDED = "letters cannot be divided here; write it without the division"
 
 def read(text, make, combine):
     """Read a text by school precedence, which is Python's own. make(token) makes something of a
     number or a letter, and combine(sign, a, b) of two such things; b is None for a minus in front
     and for "^2". So one reader serves the check and the working. Raises InputError.
     """
+    def walk(node):                                   # Python's tree of the text, leaves first
+        if isinstance(node, ast.BinOp):
+            b = None if isinstance(node.op, ast.Pow) else walk(node.right)
+            return combine(SIGNS[type(node.op)], walk(node.left), b)
+        if isinstance(node, ast.UnaryOp):
+            return combine(SIGNS[type(node.op)], walk(node.operand), None)
+        return make(node.value if isinstance(node, ast.Constant) else node.id)
+
     if len(text) > 400 or text.count("(") > 80:
         raise InputError("the problem is too long, or has too many brackets; write it in parts")
     try:
@@ -1690,18 +1639,9 @@ def read(text, make, combine):
             raise SyntaxError
         # 3(x+1) becomes 3@(x+1), where @ binds as * does
         python = re.sub(r"(?<=[0-9xy)])(?=[xy(])", "@", text).replace("^2", "**2")
-        return walk(ast.parse(python, mode="eval").body, make, combine)
+        return walk(ast.parse(python, mode="eval").body)
     except (SyntaxError, KeyError, AttributeError) as error:
         raise InputError(UNREADABLE) from error
-
-def walk(node, make, combine):
-    """Go through Python's tree of a text, from its leaves up."""
-    if isinstance(node, ast.BinOp):
-        b = None if isinstance(node.op, ast.Pow) else walk(node.right, make, combine)
-        return combine(SIGNS[type(node.op)], walk(node.left, make, combine), b)
-    if isinstance(node, ast.UnaryOp):
-        return combine(SIGNS[type(node.op)], walk(node.operand, make, combine), None)
-    return make(node.value if isinstance(node, ast.Constant) else node.id)
 
 def make_terms(token):
     return [(token, "")] if isinstance(token, int) else [(1, token)]
@@ -1721,7 +1661,7 @@ def combine_terms(sign, a, b):
             terms[:] = [(sum(n for n, _ in terms), "")]
     if sign == "/":
         if len(a) > 1 or len(b) > 1 or a[0][1] or b[0][1]:
-            raise InputError("letters cannot be divided here; write it without the division")
+            raise InputError(DIVIDED)
         if b[0][0] == 0:
             raise InputError("a division by zero has no answer; change the divisor")
         return [(Fraction(a[0][0]) / b[0][0], "")]
@@ -1743,12 +1683,14 @@ def exact_value(text):
     >>> exact_value("2*11/8"), exact_value("-7/2"), exact_value("(x+1)^2-x^2")
     ('2+3/4', '-3-1/2', '2x+1')
     """
-    total = Counter()
+    total = dict.fromkeys(MONOMIALS, 0)
     for n, letters in read(text, make_terms, combine_terms):
         total[letters] += n
-    whole = int(total[""])
-    terms = [(total[letters], letters) for letters in MONOMIALS[:-1]]
-    terms += [(whole, ""), (total[""] - whole, "")]
+    number = total.pop("")
+    if any(n % 1 for n in total.values()):
+        raise InputError(DIVIDED)
+    terms = [(n, letters) for letters, n in total.items()]
+    terms += [(int(number), ""), (number - int(number), "")]
     return join_terms(term for term in terms if term[0])
 
 def is_true(line):
@@ -1859,9 +1801,9 @@ def sides(text):
     return (above, below) if 0 < math.prod(above) < math.prod(below) else None
 
 def prime_factors(n):
-    """84 -> [2, 2, 3, 7], 1 -> []."""
-    p = next((p for p in range(2, n + 1) if n % p == 0), None)
-    return [p, *prime_factors(n // p)] if p else []
+    """84 -> [2, 2, 3, 7], 1 -> []. What has no factor below 10,000 stays whole."""
+    p = next((p for p in range(2, min(n, 10_000)) if n % p == 0), n)
+    return [p, *prime_factors(n // p)] if n > 1 else []
 
 def simplify(fraction):
     """Take a fraction apart into primes, or cancel one that is above and below, or multiply out:
@@ -1880,11 +1822,7 @@ def simplify(fraction):
     return f"{top}/({bottom})" if len(below) > 1 else f"{top}/{bottom}"
 
 def rewrite(text):
-    """The next stage of working with numbers; the same text at the end.
-
-    >>> rewrite("(12+3)*4-6-15/18"), rewrite("15*4-6-3*5/(2*3*3)")
-    ('15*4-6-3*5/(2*3*3)', '60-6-5/(2*3)')
-    """
+    """The next stage of working with numbers; the same text at the end."""
     fractions = []                                    # each below 1 is read as a letter: f0, f1
 
     def name(match):
@@ -1901,11 +1839,11 @@ def rewrite_letters(text):
     changes anything. Of terms that are alike two are added: 5x-5x+2x is 0x+2x. A lone 0x goes.
     """
     terms = read(text, make_terms, combine_terms)
-    in_order = sorted(terms, key=lambda term: MONOMIALS.index(term[1]))
-    added = []
-    for letters, alike in itertools.groupby(in_order, lambda term: term[1]):
-        numbers = [n for n, _ in alike]
-        if numbers != [0]:
+    in_order, added = [], []
+    for letters in MONOMIALS:
+        numbers = [n for n, some in terms if some == letters]
+        in_order += [(n, letters) for n in numbers]
+        if numbers not in ([], [0]):
             added += [(n, letters) for n in (sum(numbers[:2]), *numbers[2:])]
     return next((new for new in map(join_terms, (terms, in_order, added)) if new != text), text)
 
@@ -1968,11 +1906,10 @@ def draw_tree(rng, n, signs, lengths, negative):
     return (negate(part), -value) if rng.random() < 0.03 else (part, value)
 
 def is_expression(problem):
-    """Could it be drawn: 2 to 6 operators, a short line, a whole number at its end?"""
-    if not 2 <= count_signs(problem) <= 6 or longest_number(problem) > 4:
-        return False
-    line = solve_by_rules(problem)
-    return len(line) <= 160 and re.search("=-?[0-9]+$", line) is not None
+    """Is it of a size that is drawn, without a fraction, and with a whole number as its answer?"""
+    is_small = 2 <= count_signs(problem) <= 6 and longest_number(problem) <= 4
+    has_fraction = any(map(sides, re.findall(FRACTION, problem)))
+    return is_small and not has_fraction and "/" not in exact_value(problem)
 
 def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2),
                     negative=0.04):
@@ -1980,10 +1917,11 @@ def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11
     while True:
         n = max(rng.randint(2, top) for _ in range(draws)) + more
         problem = draw_tree(rng, n, signs, lengths, negative)[0].text
-        if is_expression(problem):
+        line = solve_by_rules(problem)
+        if len(line) <= 160 and re.search("=-?[0-9]+$", line):
             return problem
 
-KINDS["expr"] = Kind(draw_expression, "[^xy]*", range(2, 5), (5, 6), 1.9, size=count_signs,
+KINDS["expr"] = Kind(draw_expression, "[^xy]*", range(2, 5), (5, 6), 2.0, size=count_signs,
                      is_drawn=is_expression, practice={
     "many": (0.6, functools.partial(draw_expression, draws=2)),
     "5 and 6": (0.06, functools.partial(draw_expression, draws=2, more=2)),
@@ -1997,16 +1935,16 @@ def draw_term(rng, letters, largest=9):
     return rng.choice((-1, 1)) * rng.randint(1, largest), letters
 
 def draw_like_terms(rng, top, hard):
-    """8x+3-5y+2x-7; one term in twelve cancels an earlier one; in practice more do, or nearly."""
+    """8x+3-5y+2x-7; one term in twelve cancels an earlier one, or in practice nearly."""
     mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")]
     letters = rng.choice(mixtures + [MONOMIALS] * (3 if hard else 1))
     largest = rng.choice((9, 99) if hard else (9, 9, 99))
     n_terms = max(rng.randint(2, top + 1) for _ in range(1 + hard))
     terms = [draw_term(rng, rng.choice(letters), largest) for _ in range(n_terms)]
     for i in range(1, n_terms):
-        if rng.random() < (0.15 if hard else 0.08):
+        if rng.random() < 0.08:
             n, alike = rng.choice(terms[:i])
-            terms[i] = -n + rng.choice((0, 1, -1, -2)) * hard or 1, alike
+            terms[i] = -n + rng.choice((0, 0, 1, -1)) * hard or 1, alike
     return join_terms(terms)
 
 def draw_bracket(rng, hard):
@@ -2039,13 +1977,13 @@ def draw_algebra(rng, top, hard=False):
         if re.search("[xy]", problem) and count_signs(problem) <= top:
             return problem
 
-TERM = r"(?:(?:[0-9]{0,2}|100)(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|100)"     # 99x-100x nearly cancels
+TERM = r"(?:(?:[0-9]{0,2}|10[0-9])(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|10[0-9])"
 BRACKET = rf"\(-?{TERM}(?:[-+]{TERM})?\)"
 ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
 PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"
 ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{PRODUCT}")
 
-KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.3, size=count_signs,
+KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.2, size=count_signs,
                         stage=rewrite_letters, practice={
     "many": (0.74, functools.partial(draw_algebra, hard=True))},
     is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem) is not None)
@@ -2071,12 +2009,6 @@ def draw_fraction(rng, top):
     b = rng.randint(2, max(2, 99 // common))
     return f"{rng.randrange(1, b) * common}/{b * common}"
 
-def draw_close_quotient(rng, top):
-    """Close to a digit and zeros, which are easily one too large: 94/98, 41/40, 6189/9"""
-    b = max(2, draw_number(rng, rng.randint(1, 2)))
-    zeros = 10 ** rng.randint(0, max(0, top - 3))
-    return f"{max(1, rng.randint(1, 9) * b * zeros + rng.randint(-9, 9) * zeros)}/{b}"
-
 def draw_shape(shapes, rng, top):
     """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C
     two digits; m up to `top` digits; M four, if `top` allows; R a round one; T 11 to 19; v, w the
@@ -2094,7 +2026,7 @@ def draw_shape(shapes, rng, top):
 PRACTICE = (                                          # kind, name, share, shapes
     ("mul", "4 by 1 and 2", 0.15, "M*a a*M M*A A*M"),
     ("mul", "round", 0.2, "R*m m*R R*A A*R"),
-    ("div", "small", 0.2, "A/a A/a A/T m/T Aa/B cd/T A/B A/B a/A"),
+    ("div", "small", 0.24, "A/a A/T m/T Aa/B cd/T A/B A/B a/A"),
     ("algebra", "products", 0.08, "(-avsc)(-bvtd) (-avsc)(bvtd) (avsc)(-bvtd) (v+c)(v-c) "
                                   "(v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v)"),
     ("algebra", "large numbers", 0.06, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
@@ -2106,7 +2038,6 @@ for name, shape, share, shapes in PRACTICE:
 KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
 KINDS["sub"].practice["near"] = 0.45, functools.partial(draw_near, "-")
 KINDS["div"].practice["fractions"] = 0.22, draw_fraction
-KINDS["div"].practice["close"] = 0.1, draw_close_quotient
 
 def is_drawn(problem):
     """Could a problem with two numbers have been drawn? A divisor has two digits at most."""

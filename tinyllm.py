@@ -2064,7 +2064,7 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 50rem; font: 1rem/1.4 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); overflow-wrap: anywhere; }
-h1, h2 { font-size: 1.1rem; margin: .8rem 0 .2rem; } p, figure { margin: .2rem 0; } .scroll { overflow-x: auto; }
+h1, h2 { font-size: 1.1rem; margin: .8rem 0 .2rem; } p, figure { margin: .2rem 0; } .scroll { overflow: auto hidden; padding: .3rem 0; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; } .true { color: var(--good); }
 .false { color: var(--bad); font-weight: 700; } .waiting { opacity: .4; } #answer { font-size: 1.7rem; }
 form, .few { display: flex; flex-wrap: wrap; gap: .4rem; margin: .5rem 0; } input { flex: 1; min-width: 0; }

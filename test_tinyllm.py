@@ -427,6 +427,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save({**state, "format": 99, "config": {"a_new_idea": 1}}, bad)
     with pytest.raises(InputError, match="another version"):
         tinyllm.load_checkpoint(bad)
+    torch.save({**state, "model": {name: tensor * float("nan") for name, tensor in state["model"].items()}}, bad)
+    with pytest.raises(InputError, match="damaged"):
+        tinyllm.load_checkpoint(bad)
     with pytest.raises(InputError, match="is not there"):
         tinyllm.load_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(InputError, match="may not be read"):

@@ -1071,8 +1071,7 @@ def explain(line):
 
 ######## Step 7-4: the page ########################################################################
 #
-# The same in a browser: a server from the standard library, and one page (PAGE, at the end of the
-# file) that loads nothing from anywhere else.
+# The same in a browser: one page (PAGE, at the end) that loads nothing from anywhere else.
 
 EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)",
             "(x+2)(x-3)", "1/2+1/3", "99999*99999")
@@ -1182,11 +1181,13 @@ def held_out_problems(kind, count, size=None, draw=None, seed=1):
             break
     return list(found)
 
+def are_finite(state):
+    return all(tensor.isfinite().all() for tensor in state["model"].values())
+
 def write_whole(path, state):
     """Save beside `path`, then rename, so that the file is always whole. Raises InputError."""
-    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise InputError(f"the weights are no numbers now: {path} keeps the last good state; "
-                         "try a smaller --lr")
+    if not are_finite(state):
+        raise InputError(f"weights are no numbers: {path} keeps the last good state; lower --lr")
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(beside, "wb") as file:
@@ -1212,7 +1213,7 @@ def load_checkpoint(path, device="cpu"):
         model = TinyLLM(Config(**state["config"]))
         model.load_state_dict(state["model"])
         is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
-        if not is_ours or set(model.config.kinds.split()) - set(KINDS):
+        if not (is_ours and are_finite(state)) or set(model.config.kinds.split()) - set(KINDS):
             raise ValueError
     except Exception as error:                        # a damaged file fails in a dozen ways
         raise InputError(f"{path} is damaged, no checkpoint, or written by another version of "
@@ -1608,8 +1609,7 @@ def main(argv=None):
 
 ######## Appendix 1: what a stage is worth #########################################################
 #
-# School arithmetic, without any deep learning: what a stage is worth, how it is worked, and how
-# problems with brackets and letters are drawn.
+# From here on it is school arithmetic, without any deep learning.
 
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.MatMult: "*", ast.Div: "/", ast.Pow: "^2",
          ast.USub: "-"}

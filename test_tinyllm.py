@@ -119,15 +119,10 @@ def test_numpy_shares_memory():
 
 @pytest.mark.parametrize("ones_first", [True, False])
 def test_tokenizer_round_trip(ones_first):
-    """Nothing is lost between text and tokens."""
+    """Nothing is lost between text and tokens; numbers are read from the ones place, or not."""
     for line in (line for kind in tinyllm.KINDS for line in lines(kind, 200)):
         assert decode(encode(line, ones_first), ones_first) == line
-
-def test_numbers_are_read_from_the_ones_place():
-    """The tokens of 408 are 8, 0, 4, those of 48x^2 are 2, ^, x, 8, 4; signs stay where they are."""
-    assert [tinyllm.VOCAB[i] for i in encode("-408*(12-7)")] == list("-804*(21-7)")
-    assert [tinyllm.VOCAB[i] for i in encode("3(48x^2-xy+12)")] == list("3(2^x84-yx+21)")
-    assert encode("408", ones_first=False) == encode("804")
+    assert encode("-408*(12-7)") == encode("-804*(21-7)", ones_first=False)
 
 def test_addresses_know_no_future():
     """An address depends on what stands before it alone, and no two tokens of a line share one."""
@@ -137,8 +132,7 @@ def test_addresses_know_no_future():
         assert len({address[1:] for address in addresses}) == len(line) + 1
 
 def test_places_have_gaps_in_training():
-    """Each line numbers its places in its own way: equal ones stay equal, higher ones higher; a part
-    of the lines has no gaps."""
+    """Each line numbers its places in its own way: equal ones stay equal, higher ones higher; some have no gaps."""
     rng = random.Random(0)
     addresses = tinyllm.find_addresses(encode("1234+12345"))
     new = [[place for *_, place in tinyllm.with_gaps(addresses, 3, rng)] for _ in range(3000)]
@@ -232,7 +226,7 @@ def test_training_never_sees_a_held_out_problem():
 
     asked = [problem for kind in tinyllm.KINDS for problem in tinyllm.held_out_problems(kind, 200)]
     held_out = set(map(twin, asked))
-    seen = {decode(row).split("=")[0] for x, _, _ in batches(Config(), 128) for row in x.tolist()}
+    seen = {decode(row).split("=")[0] for x, _, _ in batches(Config(), 64) for row in x.tolist()}
     assert len(set(asked)) == 1200 and len(seen) > 2000
     assert not any(map(tinyllm.is_held_out, seen)) and not held_out & set(map(twin, seen))
 
@@ -243,14 +237,6 @@ def test_lengths_are_even():
     lengths = [len(re.findall("[0-9]+", problem)[0]) for problem in problems]
     assert all(400 < lengths.count(n) < 600 for n in range(2, 11))
     assert 0.08 < sum(map(tinyllm.is_held_out, problems)) / 5000 < 0.12
-
-@pytest.mark.parametrize("kind", ["expr", "algebra"])
-def test_practice_is_harder_than_the_test(kind):
-    """Training draws more of what is hard than the evaluation asks."""
-    size, rng = tinyllm.KINDS[kind].size, random.Random(0)
-    practised, asked = [sum(size(tinyllm.draw_problem(kind, rng, held_out)) for _ in range(1000)) / 1000
-                        for held_out in (False, True)]
-    assert practised > asked + 0.1
 
 def own_kind():
     """The example at the end of Step 4-1, as a reader would switch it on."""
@@ -270,16 +256,10 @@ def test_a_kind_of_your_own(monkeypatch, tmp_path):
     assert tinyllm.solve_by_rules("1/2+1/3") == "1/2+1/3=3/6+2/6=5/6"
     train(Config(**SMALL, kinds="frac", steps=2), tmp_path / "frac.pt")
 
-def test_x_y_and_what_counts():
-    """y is x one token later, and only what stands behind the first = counts."""
-    x, y = tinyllm.to_example("12*34=360+48=408")
-    whole = encode("12*34=360+48=408\n")
-    assert x == whole[:-1] and y == [-100] * 5 + whole[6:]
-
 def test_batches_hold_whole_lines_and_little_padding():
     """Rows of a batch are of like length, about batch_tokens in all, each with its addresses."""
     n_tokens = n_padding = 0
-    for x, addresses, y in batches(Config(gap=1), 64, step=11000):
+    for x, addresses, y in batches(Config(gap=1, batch_tokens=2048), 64, step=6400):
         assert x.shape == y.shape and addresses.shape == (len(x), x.shape[1] + 1, 4)
         row = decode(x[0].tolist()).split("\n")[0]
         assert addresses[0, :len(row) + 1].tolist() == [list(a) for a in tinyllm.find_addresses(encode(row))]
@@ -290,13 +270,14 @@ def test_batches_hold_whole_lines_and_little_padding():
 def test_small_problems_come_first():
     """The curriculum: batches early in the run hold mostly short lines, later ones all lengths."""
     def mean_length(step):
-        return sum(x.shape[1] for x, _, _ in batches(Config(), 64, step)) / 64
-    assert mean_length(0) < 0.8 * mean_length(6400)
+        return sum(x.shape[1] for x, _, _ in batches(Config(batch_tokens=2048), 64, step)) / 64
+    assert mean_length(0) < 0.8 * mean_length(3200)
 
 def test_the_stream_can_start_anywhere():
     """Batch n is the same whether the run got there in one go or was resumed; another seed is another."""
-    expected, resumed = batches(Config(), 70)[-1], batches(Config(), 1, step=69)[0]
-    other = batches(Config(seed=1), 1, step=69)[0]
+    config = Config(batch_tokens=1024)
+    expected, resumed = batches(config, 70)[-1], batches(config, 1, step=69)[0]
+    other = batches(dataclasses.replace(config, seed=1), 1, step=69)[0]
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
     assert expected[0].shape != other[0].shape or not torch.equal(expected[0], other[0])
 
@@ -366,7 +347,7 @@ def test_a_small_model_learns_addition(only_short_sums, tmp_path):
 @slow
 def test_the_default_model_learns_every_kind(tmp_path):
     """A fifth of the default run answers most held-out sums, many longer than any it saw, and something of every kind."""
-    model = train(Config(steps=2150), tmp_path / "model.pt")
+    model = train(Config(steps=1200), tmp_path / "model.pt")
     asked = {kind: tinyllm.held_out_problems(kind, 200) for kind in tinyllm.KINDS}
     asked["12 digits"] = tinyllm.held_out_problems("add", 200, size=12)
     right = {name: tinyllm.evaluate(model, problems)["answers"] / 200 for name, problems in asked.items()}
@@ -609,8 +590,7 @@ def test_check_is_strict(line):
 ######## Step 7: going further ########
 
 def test_look_shows_the_weights_of_the_model():
-    """Each row of the picture is the look of one head, at the characters before; long lines are cut
-    into blocks that fit a terminal."""
+    """Each row of the picture is the look of one head, at the characters before; long lines come in blocks."""
     model, line = small_model(), "12+39=51"
     rows = tinyllm.look(model, line).splitlines()
     layer, head = map(int, re.findall("[0-9]+", rows[0])[:2])
@@ -659,30 +639,26 @@ def test_forgiving_input(text, problem):
     ("(1+2", "bracket its partner"), ("1+2)", "bracket its partner"), ("1+", "two sides"), ("1++2", "two sides"),
     ("x2", "3x for x3"), ("3^2", "only letters"), ("(1+2)\u00b2", "only letters"), ("(2)^2+x", "only letters"),
     ("x^3", "x\\^2 for a square"), ("2**3", "x\\^2 for a square"), ("x*x*x", "up to x\\^2"), ("(x^2)^2", "up to x\\^2"),
-    ("(2x+4)/2", "letters cannot be divided"), ("(1/2)*x", "letters cannot be divided"), ("6/2(1+2)", "behind a division"), ("6/2x", "behind a division"),
-    ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("1/0", "division by zero"), ("3.5*2", "unknown"),
-    ("3*(1/(2-2))", "division by zero"), ("1=1", "without ="), ("3,5", "decimals"), ("(" * 150 + "1" + ")" * 150, "parts"),
-    ("9" * 10_000, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
+    ("(2x+4)/2", "letters cannot be divided"), ("(1/2)*x", "letters cannot be divided"), ("6/2(1+2)", "behind a division"),
+    ("6/2x", "behind a division"), ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("1/0", "by zero"),
+    ("3.5*2", "unknown"), ("3*(1/(2-2))", "by zero"), ("1=1", "without ="), ("3,5", "decimals"), ("9" * 10_000, "parts"),
+    ("(" * 150 + "1" + ")" * 150, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
 def test_bad_input_is_a_sentence(text, words):
     """What cannot be read is refused with the reason and the place, in ASCII."""
     with pytest.raises(InputError, match=words) as refusal:
         tinyllm.prepare(text, small_model(block_size=900))
     assert str(refusal.value).isascii() and "\n" not in str(refusal.value)
 
-def test_nested_squares_take_no_time():
-    """Nothing that a person types keeps the program busy: sizes are bounded before anything is computed."""
-    began = time.perf_counter()
+def test_nothing_that_a_person_types_keeps_it_busy():
+    """Sizes are bounded before anything is computed, and the note never works a problem out: nested
+    squares, long primes and long workings would take for ever."""
+    model, began = small_model(block_size=900), time.perf_counter()
     for text in ("(" * 24 + "9" + ")^2" * 24 + "+x", "(" * 24 + "x-x+9" + ")^2" * 24, "(1+1)" * 30 + "x", "(x+1)(1+1)" * 9):
         with pytest.raises(InputError):
-            tinyllm.prepare(text, small_model(block_size=900))
+            tinyllm.prepare(text, model)
             raise InputError("it was read")
-    assert time.perf_counter() - began < 1
-
-def test_a_note_takes_no_time():
-    """The note never works a person's problem out: long primes and long workings would keep it busy."""
-    began = time.perf_counter()
     for problem in ("1/(9999*9999*9999-1)", "3163*5766*8700*7952", f"1/{10 ** 15 + 37}", f"{10 ** 15 + 39}/{10 ** 15 + 37}"):
-        assert tinyllm.prepare(problem, small_model(block_size=900)) == problem
+        assert tinyllm.prepare(problem, model) == problem
         assert tinyllm.is_outside(problem, Config()) in (True, False)
     assert time.perf_counter() - began < 1
 
@@ -718,8 +694,7 @@ def random_text(rng):
     return "".join(text) * (rng.choice((100, 10_000)) if dice > 0.999 else 1)
 
 def test_any_text_is_a_problem_or_a_sentence():
-    """Thousands of random texts: each becomes a problem that is read again as the same, and that is
-    worth what was typed, or an InputError; nothing else."""
+    """Random texts become a problem that is read again, worth what was typed, or an InputError; nothing else."""
     rng, model, problems = random.Random(0), small_model(), []
     for text in [random_text(rng) for _ in range(20_000 if SLOW else 3_000)] + ["(" * 10_000, "-" * 100_000, "\0"]:
         try:

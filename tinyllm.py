@@ -34,7 +34,7 @@ Glossary, to come back to when a name is new, each with an example:
     stage      "2100+315"                  a part of a line, cut at "="; the last is the answer
     kind       "mul"                       add, sub, mul, div, expr (brackets), algebra (letters)
     ids        [8, 11, 9, 17]              a text as numbers, one for each token: "7+8="
-    B, T, C    64, 32, 128                 rows of a batch, tokens of a row, numbers for each token
+    B, T, C    128, 32, 128                rows of a batch, tokens of a row, numbers for each token
     H, D       6, 32                       attention heads, and numbers for each token in a head
     V          21                          how many different tokens there are
     logits     (B, T, V)                   a score for each token that might come next
@@ -148,19 +148,19 @@ def five_facts():
 #       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
 #       |                key agree, the value flows. All three are vectors of D numbers: the token's
-#       |                vector times a learned matrix, one for each of the three.
+#       |                vector times a learned matrix each. (A fourth leads back to C numbers.)
 #       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
 #       |                Both ADD their result to the token's vector: x = x + attention(x), then
 #       |                x = x + mlp(x). This sum through all blocks is the residual stream.
-#     output head        C numbers become V scores, the logits. Softmax makes them probabilities.
+#     output layer       C numbers become V scores, the logits. Softmax makes them probabilities.
 #       |
 #     logits (B, T, V)   at every position
 #
-# This is a Transformer. It only continues a text, so it is called decoder-only; GPT means
-# generative pre-trained Transformer. A model of n_layer blocks has n_layer moments of thought for
-# each token. What takes more must be written down and read again. So our model writes its working.
+# This is a decoder-only Transformer: it only continues a text. (GPT: generative pre-trained
+# Transformer.) A model of n_layer blocks has n_layer moments of thought for each token. What takes
+# more must be written down and read again. So our model writes its working.
 #
-# A chat model such as ChatGPT is the same machine with the same loss. The differences: its tokens
+# A chat model such as ChatGPT is the same machine, first trained with the same loss. But its tokens
 # are pieces of words, some 100,000 of them; it has many thousand times more weights and data; it is
 # trained again on instructions and on what people liked; and it draws the next token at random by
 # its probability (sampling), where ours takes the likeliest.
@@ -204,14 +204,15 @@ def decode(ids, ones_first=True):
 # A model must know where a token stands. Most LLMs number the tokens of a text: 0, 1, 2, 3. We call
 # that number the column. They bring it into attention by RoPE, rotary position embedding (Su et al.
 # 2021, "RoFormer"). Attention asks by a dot product how well a key and a query agree. A key k at
-# column a is turned by a rotation R_a, a query q at column b by R_b, and then
+# column a is turned by a rotation R_a, a query q at column b by R_b. Turning both back by R_a would
+# change no angle between them, so
 #
 #     (R_a k) . (R_b q)  =  k . (R_(b-a) q)
 #
-# depends on the distance b - a, and not on where they stand. To turn a vector, its numbers are
-# taken in pairs, each pair as one complex number, and multiplied by e^(i * column * speed), which
-# turns it by that angle. Each pair has its own speed: fast ones tell neighbours apart, slow ones
-# see far.
+# depends on the distance b - a alone. To turn a vector, its numbers are taken in pairs, each pair
+# as a point of the plane, that is a complex number, and multiplied by e^(i * column * speed), which
+# turns it by that angle. Each pair has its own speed: fast ones tell neighbours apart but soon come
+# round again, slow ones tell what is near from what is far.
 
 def rotations(where, n_pairs, base):
     """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
@@ -224,12 +225,12 @@ def rotate(x, turns):
     where n_pairs is D/2 -> the shape of x.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2); -1: what fits
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)               # (B, T, H, D)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)       # x's type (B, T, H, D)
 
 # For a calculation there is something better than a column: an address, like a cell of a table.
 #
 #     stage   how many "=" stand before the token
-#     slot    how many signs and letters stand before it in its stage; each ends the slot it is in
+#     slot    how many tokens that are no digits stand before it in its stage: each ends a slot
 #     place   which character of its slot it is: in a number the ones have place 1, the tens place 2
 #             (McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings")
 #
@@ -292,9 +293,9 @@ def attention(q, k, v):
     attention weights (..., T, S). In training S is T.
 
     The score of a query and a key is their dot product: how well they agree. As a sum of D products
-    of either sign it grows with the square root of D, so it is divided by that. A causal mask sets
-    the scores of later tokens to minus infinity. Softmax turns each row of scores into weights with
-    the sum 1 (computed, not learned). The result is the mix of the values by these weights.
+    of either sign it grows with the square root of D, so it is divided by that, whatever D is. A
+    causal mask sets the scores of later tokens to minus infinity. Softmax turns each row of scores
+    into weights with the sum 1 (computed, not learned). The result is the values mixed by these.
     (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens with two numbers each:
 
     >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
@@ -343,9 +344,9 @@ class CausalSelfAttention(nn.Module):
         self.query = nn.Linear(config.n_embd, inner, bias=False)
         self.key = nn.Linear(config.n_embd, inner, bias=False)
         self.value = nn.Linear(config.n_embd, inner, bias=False)
-        self.out = nn.Linear(inner, config.n_embd, bias=False)   # the heads' finds, as C numbers
-        self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))
-        nn.init.zeros_(self.out.weight)      # at first it adds nothing (its gradient is not 0)
+        self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
+        self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))         # used below
+        nn.init.zeros_(self.out.weight)      # a new block changes nothing (its gradient is not 0)
 
     def forward(self, x, turns, cache=None):
         q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
@@ -360,19 +361,20 @@ class CausalSelfAttention(nn.Module):
             k, v = torch.cat((cache[0], k), dim=1), torch.cat((cache[1], v), dim=1)
         if cache is not None:
             cache[:] = k, v                                                       # (B, S, H, D)
-        y, weights = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))                # (B, H, S, D)
+        y, weights = attention(q, k, v)                                           # (B, H, T, D)
         self.weights = None if self.training else weights  # for Step 7-1; eval() ends training
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
     """Look, then think: x (B, T, C) -> (B, T, C).
 
-    The MLP lets each token think by itself: two layers, and ReLU between them, which sets to 0 what
-    is below 0. (Without it, two layers could do no more than one.) The 3 C numbers in the middle
-    detect things, such as "a 9 and a carry". LayerNorm brings each token's vector to mean 0 and
-    spread 1, then applies a learned scale and shift to each of its numbers. So a layer reads
-    numbers of one size, however much the blocks before it have added. It stands before each part
-    (pre-norm, Xiong et al. 2020).
+    The MLP lets each token think by itself: two layers, and between them ReLU, which sets to 0 what
+    is below 0, and a square (So et al. 2021, "Primer"). Without something like that, two layers
+    could do no more than one. The 3 C numbers in the middle detect things, such as "a 9 and a
+    carry". LayerNorm brings each token's vector to mean 0 and spread 1, then applies a learned
+    scale and shift to each of its numbers. So a layer reads numbers of one size, however much the
+    blocks before it have added. It stands before each part (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, config):
@@ -380,13 +382,13 @@ class Block(nn.Module):
         C = config.n_embd
         self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attention = CausalSelfAttention(config)
-        wide, narrow = nn.Linear(C, 3 * C, bias=False), nn.Linear(3 * C, C, bias=False)
-        nn.init.zeros_(narrow.weight)
-        self.mlp = nn.Sequential(wide, nn.ReLU(), narrow)        # (B, T, 3 C) in the middle
+        self.wide, self.narrow = nn.Linear(C, 3 * C, bias=False), nn.Linear(3 * C, C, bias=False)
+        nn.init.zeros_(self.narrow.weight)            # a new block changes nothing, as above
 
     def forward(self, x, turns, cache=None):
         x = x + self.attention(self.norm1(x), turns, cache)
-        return x + self.mlp(self.norm2(x))
+        detected = self.wide(self.norm2(x)).relu().square()                       # (B, T, 3 C)
+        return x + self.narrow(detected)
 
 ######## Step 3-4: the model #######################################################################
 
@@ -397,7 +399,7 @@ class Config:
     n_head: int = 6             # attention heads H of a block
     head_dim: int = 32          # numbers D for each token in a head
     n_embd: int = 128           # numbers C for each token
-    block_size: int = 448       # longest line, in tokens
+    block_size: int = 448       # longest line, in tokens (no matter of blocks)
     n_place: int = 64           # places that have an embedding: ones, tens, hundreds ...
     n_slot: int = 40            # slots that have an embedding
     place: bool = True          # tell the model stage, slot and place; --no-place: the column alone
@@ -406,8 +408,8 @@ class Config:
     working: bool = True        # learn to write the working; --no-working: the answer alone
     muon: bool = True           # train the matrices with Muon (Step 5-1); --no-muon: all with AdamW
     kinds: str = "add sub mul div expr algebra"      # kinds of problem to learn
-    steps: int = 11000          # optimizer steps
-    batch_tokens: int = 2048    # tokens of a batch, about
+    steps: int = 6000           # optimizer steps
+    batch_tokens: int = 4096    # tokens of a batch, the lines of one optimizer step, about
     lr: float = 0.02            # highest learning rate of Muon
     adam_lr: float = 0.003      # highest learning rate of AdamW
     weight_decay: float = 0.01  # how strongly the weights are pulled towards zero
@@ -426,8 +428,7 @@ class TinyLLM(nn.Module):
     >>> [list(tensor.shape) for tensor in (ids, x, model.blocks[0](x, turns), model(ids))]
     [[1, 4], [1, 4, 128], [1, 4, 128], [1, 4, 21]]
 
-    The last row of scores is for the token behind "=": a 5, the ones of 15. A new model knows
-    nothing.
+    The last row of scores is for the token behind "=": a 5, the ones of 15. A new model guesses:
 
     >>> logits = model(ids)[0, -1]                    # (V,)
     >>> loss = F.cross_entropy(logits, torch.tensor(ID["5"]))
@@ -447,7 +448,7 @@ class TinyLLM(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, len(VOCAB), bias=False)
         for layer in (self.token, self.place, self.slot, self.head):
-            nn.init.normal_(layer.weight, std=0.02)   # small, so that the logits start near 0
+            nn.init.normal_(layer.weight, std=0.02)   # small: so the first logits are near 0
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
@@ -465,8 +466,9 @@ class TinyLLM(nn.Module):
         n_pairs = self.config.head_dim // 2
         if not self.config.place:
             return rotations(column, n_pairs, 1000).unsqueeze(2)
-        n = 3 * n_pairs // 8                          # of 16 pairs: 4, 6 and 6
-        by_place, by_slot = rotations(place, n_pairs - 2 * n, 16), rotations(slot, n, 16)
+        n = 3 * n_pairs // 8                          # of 16 pairs: place 4, slot 6, stage 6. All
+        # numbers here were found by trying. A place needs slow pairs, to find the highest digit.
+        by_place, by_slot = rotations(place, n_pairs - 2 * n, 100), rotations(slot, n, 16)
         return torch.cat((by_place, by_slot, rotations(stage, n, 16)), dim=-1).unsqueeze(2)
 
     def forward(self, ids, addresses=None, cache=None):
@@ -495,8 +497,8 @@ class TinyLLM(nn.Module):
 #     algebra  3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11
 #
 # A problem has a size: in the first four kinds the digits of its longest number, in the others its
-# signs. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits, and
-# short ones would hardly ever come.
+# operators. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits,
+# and short ones would hardly ever come.
 
 def draw_number(rng, n_digits):
     """A number of n digits (one digit: 0 to 9)."""
@@ -512,7 +514,7 @@ def draw_sum(op, rng, top):
         b = draw_number(rng, len(digits))
     if dice < 0.1:                                    # of these, some begin alike: 48213-48179
         b = int(digits[:keep] + str(draw_number(rng, len(digits) - keep)))
-    elif dice > 0.9:                                  # 48213+51786 is all nines; 1 more, it carries
+    elif dice > 0.9:                                  # 48213+51786 is all nines, +51787 all carries
         b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
     return f"{'-' if rng.random() < 0.05 else ''}{a}{op}{b}"
 
@@ -520,13 +522,11 @@ def draw_product(rng, top):
     return f"{draw_number(rng, rng.randint(1, top))}*{draw_number(rng, rng.randint(1, top))}"
 
 def draw_quotient(rng, top):
-    """Three in ten are fractions below 1, many to be cancelled; half of the rest come out even."""
+    """Three in ten, or more, are fractions below 1; half of the rest come out even."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, 2)) or 1
     if rng.random() < 0.3:
-        common = rng.choice((1, rng.randint(2, 24)))
-        b = common * rng.randint(2, max(2, 99 // common))
-        return f"{rng.randrange(common, b, common)}/{b}"
+        return draw_fraction(rng, top)                # see the appendix
     if rng.random() < 0.5:
         a = a // b * b or b
     return f"{a}/{b}"
@@ -538,12 +538,12 @@ class Kind:
     looks: str                  # a pattern for its problems; the first kind that fits counts
     sizes: range                # the sizes to train on
     beyond: tuple = ()          # larger sizes, which eval asks as well
-    share: float = 1.0          # how often it is drawn
+    share: float = 1.0          # how often it is drawn, compared with the others
     practice: dict = dataclasses.field(default_factory=dict)     # name -> (share, draw): appendix
     size: callable = lambda problem: longest_number(problem)     # problem -> its size
     stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
-    worth: callable = lambda text: exact_value(text)     # the answer: the same for all stages
-    is_drawn: callable = lambda problem: True                    # if not, `ask` warns
+    worth: callable = lambda text: exact_value(text)     # the right answer to text, as a text
+    is_drawn: callable = lambda problem: True                    # False: training never draws it
 
 SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-7)
 LONG = (11, 12, 14, 16, 18, 20)
@@ -589,8 +589,8 @@ def draw_problem(kind, rng, held_out, top=None):
         if is_held_out(problem) == held_out:
             return problem
 
-# A kind of your own: sums of two fractions (Fraction is imported below). Take away the "# " of
-# these lines, and try `train --kinds frac --minutes 2`.
+# A kind of your own, to skip at first: sums of two fractions (Fraction is imported below). Take
+# away the "# " of these lines, and try `train --kinds frac --minutes 2`.
 #
 # def draw_fractions(rng, top):
 #     b, d = rng.randint(2, 6 * top), rng.randint(2, 6 * top)
@@ -636,7 +636,7 @@ def to_example(line, ones_first=True):
 ######## Step 4-3: the data loader #################################################################
 
 def new_progress(minutes=None):
-    """How far a run is. minutes: how long to train; None: for config.steps steps."""
+    """How far a run has come. minutes: how long to train; None: for config.steps steps."""
     return {"step": 0, "seconds": 0.0, "minutes": minutes, "history": []}
 
 def part_done(progress, config):
@@ -649,10 +649,11 @@ class ProblemStream(IterableDataset):
     """Endless batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
 
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
-    up: that is padding, and wasted work. So a pool of 64 batches is drawn and sorted by length
-    first. In a run of a set number of steps, pool n depends on n and the seed alone, so that a run
-    that was stopped goes on as it would have. rank: which of the n_processes that train together
-    this one is (Step 7-5). (A DataLoader there goes through this IterableDataset.)
+    up at the right, where no token looks and y is -100: that is padding, and wasted work. So a pool
+    of 64 batches is drawn and sorted by length first. In a run of a set number of steps, pool n
+    depends on n and the seed alone, so that a run that was stopped goes on as it would have. rank:
+    which of the n_processes that train together this one is. PyTorch's DataLoader calls __iter__
+    below and hands on what it yields (Step 7-5).
     """
     POOL = 64
 
@@ -663,7 +664,7 @@ class ProblemStream(IterableDataset):
     def draw_example(self, rng, done):
         kinds = self.config.kinds.split()
         kind = rng.choices(kinds, [KINDS[kind].share for kind in kinds])[0]
-        # Curriculum (Bengio et al. 2009): for nine in ten, sizes open one by one at first.
+        # Curriculum (Bengio et al. 2009): nine in ten are small, in the first fifth of the run.
         sizes = KINDS[kind].sizes
         n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
         problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
@@ -672,6 +673,7 @@ class ProblemStream(IterableDataset):
         return x, with_gaps(find_addresses(x), self.config.gap, rng), y
 
     def pool(self, n):
+        """Pool n: a list of batches."""
         rng = random.Random(f"{self.config.seed}/{n * self.n_processes + self.rank}")
         done = part_done({**self.progress, "step": n * self.POOL}, self.config)
         examples, n_tokens = [], 0
@@ -682,48 +684,47 @@ class ProblemStream(IterableDataset):
         batches = []
         while examples:
             T = math.ceil(len(examples[0][0]) / 4) * 4           # few different lengths are faster
-            n_rows = max(1, self.config.batch_tokens // T)
-            batches.append((T, examples[:n_rows]))
-            examples = examples[n_rows:]
+            rows = examples[:max(1, self.config.batch_tokens // T)]
+            examples = examples[len(rows):]
+            xs = [x + [END] * (T - len(x)) for x, _, _ in rows]
+            addresses = [where + where[-1:] * (T + 1 - len(where)) for _, where, _ in rows]
+            ys = [y + [-100] * (T - len(y)) for _, _, y in rows]
+            batches.append((torch.tensor(xs), torch.tensor(addresses), torch.tensor(ys)))
         rng.shuffle(batches)
         return batches[:self.POOL]
 
     def __iter__(self):
         n, skip = divmod(self.progress["step"], self.POOL)
         while True:
-            for T, batch in self.pool(n)[skip:]:
-                xs = [x + [END] * (T - len(x)) for x, _, _ in batch]
-                addresses = [where + where[-1:] * (T + 1 - len(where)) for _, where, _ in batch]
-                ys = [y + [-100] * (T - len(y)) for _, _, y in batch]
-                yield torch.tensor(xs), torch.tensor(addresses), torch.tensor(ys)
+            yield from self.pool(n)[skip:]
             n, skip = n + 1, 0
 
 ######## Step 5-1: the loss and the optimizers #####################################################
 
 def loss_of(model, x, addresses, y):
-    """Cross-entropy: the mean of -ln P(y) over the tokens that count. It softmaxes the logits."""
+    """The mean of -ln P(y) over the tokens that count. (F.cross_entropy softmaxes the logits.)"""
     # autocast: matrix products with half the bits, where that is faster
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device.type)):
         logits = model(x, addresses)                                              # (B, T, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())    # it skips -100 in y (B*T,)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())   # y (B*T,); -100 is skipped
 
-# AdamW (Loshchilov and Hutter 2017) improves on plain gradient descent in two ways. It follows the
-# mean of the last gradients, called momentum, so that chance is averaged out. And it divides by how
-# large a weight's gradients usually are, so that all weights move at a like pace. (W is for weight
-# decay: each step shrinks all weights a little, so that one that is of no use fades.)
+# Adam (Kingma and Ba 2014) improves on plain gradient descent in two ways. It follows the mean of
+# the last gradients, called momentum, so that chance is averaged out. And it divides by how large a
+# weight's gradients usually are, so that all weights move at a like pace. AdamW (Loshchilov and
+# Hutter 2017) adds weight decay: each step shrinks all weights, so that one of no use fades away.
 #
-# Muon (Jordan et al. 2024) is for matrices. A gradient is strong in the few directions that most
-# examples ask for. Muon makes the step equally long in all directions, so that what is rare is
-# learned, too.
+# Muon (Jordan et al. 2024) is for matrices. A matrix stretches space along certain directions, and
+# so does its gradient, which is a matrix, too: it is strong in the few that most examples ask for.
+# Muon makes the step equally strong in all directions, so that what is rare is learned, too.
 
 def orthogonal(matrix):
     """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
 
-    A matrix stretches space along certain directions; its singular values s say how much along
-    each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7 and
-    1.2, if it was not tiny; a search found these three numbers. Matrix products suffice for that: x
-    stretches by s, x.T leads back by s, and x once more, so x @ x.T @ x has s^3 (Newton-Schulz
-    iteration). You may take this function on trust.
+    (Orthogonal means that all are stretched by 1.) Its singular values s say how much it stretches
+    along each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7
+    and 1.2, if it was not tiny. Matrix products suffice for that: x stretches by s, x.T leads back
+    by s, and x once more, so x @ x.T @ x has s^3 (Newton-Schulz iteration). You may take this
+    function on trust.
 
     >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
     >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
@@ -740,7 +741,7 @@ def orthogonal(matrix):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum whose steps are made orthogonal, as torch.optim.Muon does."""
+    """Gradient descent with momentum whose steps are made orthogonal (also in torch.optim)."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -783,20 +784,20 @@ def lr_factor(step, done, config):
 def learn(model, optimizers, x, addresses, y):
     """One optimizer step on one batch: the five lines that are all of deep learning. -> the loss"""
     loss = loss_of(model, x, addresses, y)
-    model.zero_grad(set_to_none=True)                 # forget the gradients of the last batch
+    model.zero_grad()                                 # forget the gradients of the last batch
     loss.backward()                                   # the gradient of the loss for every weight
     for optimizer in optimizers:
         optimizer.step()                              # every weight moves a little against it
     return loss.item()
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train a model. batches_of_run (Step 7-5) takes batches from ProblemStream, counts steps in
-    `progress`, shows rows by `report`, and saves to `out` at every tenth and at Ctrl-C.
+    """Train until the run is over. batches_of_run (Step 7-5) takes batches from ProblemStream,
+    counts steps in `progress`, and at every tenth of the run prints by `report` and saves to `out`.
     """
     losses = []                                       # since the last point of the loss curve
     for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
         factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
-        for optimizer in optimizers:                  # defaults: the rate that it was made with
+        for optimizer in optimizers:    # one group of weights each; defaults: the lr at its making
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         losses.append(learn(model, optimizers, x, addresses, y))
 
@@ -812,7 +813,7 @@ def fit(model, optimizers, progress, out, report=None):
 
 ######## Step 5-4: saving ##########################################################################
 
-FORMAT = 5                              # of the file; counts up when its meaning changes
+FORMAT = 6                              # of the file; counts up when its meaning changes
 
 def save_checkpoint(path, model, optimizers=(), progress=None):
     """Write all that is needed to ask the model, and to go on training it. Raises InputError."""
@@ -887,7 +888,7 @@ def solve(model, problems, batch_size=500, max_tokens=None):
 ######## Step 6-2: what "right" means ##############################################################
 
 def check(line):
-    """Was a line that the model wrote right? (answer, working). This happens after the fact.
+    """Was a line that the model wrote right? -> (answer, working).
 
     The answer is right if it is what the problem is worth (see Kind), written in the one form that
     an answer has; the working is right if the answer is and all stages are worth the same.
@@ -895,10 +896,9 @@ def check(line):
     >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12"), check("7-7=-0")
     ((True, True), (True, False), (False, False), (False, False))
     """
-    problem, *stages = line.split("=")
-    last = stages[-1] if stages else ""
-    answer = is_true(f"{problem}={last}") and last == KINDS[kind_of(problem)].worth(last)
-    return answer, answer and is_true(line)
+    first, *others = worths(line)                     # the right answer to each part, as a text
+    answer = others[-1:] == [first] and line.endswith(f"={first}")
+    return answer, answer and set(others) == {first}
 
 def evaluate(model, problems):
     """Ask problems: how many answers and workings are right, and the lines that are not.
@@ -927,7 +927,6 @@ import ast                                                                      
 import contextlib                                                                 # noqa: E402
 import http                                                                       # noqa: E402
 import inspect                                                                    # noqa: E402
-import io                                                                         # noqa: E402
 import json                                                                       # noqa: E402
 import secrets                                                                    # noqa: E402
 import shlex                                                                      # noqa: E402
@@ -1052,15 +1051,15 @@ OUTSIDE = "this problem is outside the range that the model was trained on"
 
 def explain(line):
     """The exact check in words: of each stage, and of the answer."""
-    problem, *stages = line.split("=")
+    first, *others = worths(line)
     words = []
-    for before, stage in zip([problem, *stages], stages):
-        if is_true(f"{problem}={stage}"):
+    for before, worth in zip([first, *others], others):
+        if worth == first:
             words.append("true")
-        elif is_true(f"{before}={stage}"):            # after a slip, right but for the slip
+        elif worth is not None and worth == before:   # after a slip, right but for the slip
             words.append("follows from that")
         elif set(words) <= {"true"}:
-            words.append(f"NOT TRUE: it should be {KINDS[kind_of(problem)].worth(problem)}")
+            words.append(f"NOT TRUE: it should be {first}")
         else:
             words.append("NOT TRUE: another slip")
     if check(line)[0]:
@@ -1116,9 +1115,8 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         kinds = model.config.kinds.split()
         examples = [problem for problem in EXAMPLES if kind_of(problem) in kinds]
         lines = solve(model, examples, max_tokens=160)
-        right = [problem for problem, line in zip(examples, lines) if check(line)[0]]
-        wrong = [problem for problem in examples if problem not in right][-1:]
-        self.data = json.dumps({"right": right, "wrong": wrong, "history": history,
+        marks = ["" if check(line)[0] else " (it fails here)" for line in lines]
+        self.data = json.dumps({"examples": list(zip(examples, marks)), "history": history,
                                 "heads": model.config.n_head})
         try:
             super().__init__((host, port), Handler)
@@ -1203,18 +1201,15 @@ def write_whole(path, state):
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
     try:
-        with open(path, "rb") as file:
-            data = io.BytesIO(file.read())
-    except OSError as error:
-        reason = f"may not be read ({error.strerror})" if os.path.exists(path) else "is not there"
-        raise InputError(f"the checkpoint {path} {reason}; give another, or train one") from error
-    try:
-        state = torch.load(data, map_location="cpu", weights_only=True)           # runs no code
+        state = torch.load(path, map_location="cpu", weights_only=True)           # runs no code
         model = TinyLLM(Config(**state["config"]))
         model.load_state_dict(state["model"])
         is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
         if not (is_ours and are_finite(state)) or set(model.config.kinds.split()) - set(KINDS):
             raise ValueError
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        reason = f"may not be read ({error.strerror})" if os.path.exists(path) else "is not there"
+        raise InputError(f"the checkpoint {path} {reason}; give another, or train one") from error
     except Exception as error:                        # a damaged file fails in a dozen ways
         raise InputError(f"{path} is damaged, no checkpoint, or written by another version of "
                          "tinyllm; train again") from error
@@ -1233,6 +1228,17 @@ def average(weight):
     """The gradient of a weight becomes the mean over all processes."""
     weight.grad /= WORLD_SIZE
     dist.all_reduce(weight.grad)
+
+def measure_now(model, asked):
+    """For a row, the part of right answers of each kind. None: Ctrl-C has ended it at once."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return {kind: evaluate(model, problems)["answers"] / max(1, len(problems))
+                for kind, problems in asked.items()}
+    except KeyboardInterrupt:
+        return None
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 def batches_of_run(model, optimizers, progress, losses, out, report):
     """Batches until the run is over or Ctrl-C is pressed. Behind each yield the step is counted; by
@@ -1255,9 +1261,8 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         asked = {kind: held_out_problems(kind, N_PROBLEMS) for kind in config.kinds.split()}
         report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
     n_tokens, resumed_at = 0, progress["seconds"]
-    stream = ProblemStream(config, progress, RANK, WORLD_SIZE)
     began = time.perf_counter()
-    for batch in DataLoader(stream, batch_size=None):
+    for batch in DataLoader(ProblemStream(config, progress, RANK, WORLD_SIZE), batch_size=None):
         stop = len(presses)
         if WORLD_SIZE > 1:                            # one clock and one decision for all
             sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
@@ -1273,27 +1278,23 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         n_tokens += batch[0].numel()
         done = part_done(progress, config)
         if report and int(100 * done) > int(100 * before):
-            point = {"step": progress["step"], "seconds": progress["seconds"],
-                     "loss": sum(losses) / len(losses)}
+            loss, minutes = sum(losses) / len(losses), progress["seconds"] / 60
             losses.clear()
+            point = {"step": progress["step"], "seconds": progress["seconds"], "loss": loss}
             progress["history"].append(point)
-            minutes = point["seconds"] / 60
-            speed = n_tokens / (point["seconds"] - resumed_at)
-            row = f"{point['step']:6} {done:4.0%} {point['loss']:6.4f} {speed:8,.0f} {minutes:4.1f}"
+            speed = n_tokens / (progress["seconds"] - resumed_at)
+            row = f"{progress['step']:6} {done:4.0%} {loss:6.4f} {speed:8,.0f} {minutes:4.1f}"
             show_live(f"{row}  {minutes * (1 - done) / done:.1f} minutes left")
-            if int(10 * done) > int(10 * before):
-                show_live(f"{row}  measuring ...")
-                press = signal.signal(signal.SIGINT, signal.default_int_handler)
-                try:                                  # Ctrl-C breaks off the measuring at once
-                    right = {kind: evaluate(model, problems)["answers"] / max(1, len(problems))
-                             for kind, problems in asked.items()}
-                    point["right"] = right
-                    show_live("")
-                    report(row + "".join(f"{part:8.0%}" for part in right.values()))
-                except KeyboardInterrupt:
-                    presses.append(1)
-                signal.signal(signal.SIGINT, press)
-                save_checkpoint(out, model, optimizers, progress)
+        if report and int(10 * done) > int(10 * before):
+            show_live(f"{row}  measuring ...")
+            right = measure_now(model, asked)
+            if right:
+                point["right"] = right
+                show_live("")
+                report(row + "".join(f"{part:8.0%}" for part in right.values()))
+            else:
+                presses.append(1)
+            save_checkpoint(out, model, optimizers, progress)
         began = time.perf_counter()                   # measuring does not count as training
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1304,8 +1305,6 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     signal.signal(signal.SIGINT, previous)
 
 ######## Step 7-6: the commands ####################################################################
-#
-# Each is a function. Its parameters are the flags, and its docstring is their help.
 
 def check_config(config):
     """Raises InputError for numbers that cannot work."""
@@ -1335,7 +1334,7 @@ def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = 
     force: replace --out if it exists
     """
     if quick:
-        config = {"n_layer": 1, "kinds": "add", "steps": 300, **config}
+        config = {"n_layer": 1, "kinds": "add", "steps": 300, "batch_tokens": 2048, **config}
         out, force = ("quick.pt", True) if out == "tinyllm.pt" else (out, force)
     model, state = None, {"config": {}, "progress": new_progress(), "optimizers": []}
     if resume:
@@ -1446,12 +1445,10 @@ def command_ask(*problem, checkpoint: str = "tinyllm.pt", plain: bool = False,
                 status = 2
         lines = iter(solve(model, [one for one in asked if isinstance(one, str)]))
         for one in asked:
-            if isinstance(one, InputError):
-                to_stderr = problem and not plain
-                print(f"{'tinyllm' if to_stderr else 'error'}: {one}",
-                      file=sys.stderr if to_stderr else sys.stdout)
-            elif plain:
-                print(next(lines))
+            if plain:
+                print(f"error: {one}" if isinstance(one, InputError) else next(lines))
+            elif isinstance(one, InputError):
+                print(f"tinyllm: {one}", file=sys.stderr)
             else:
                 show(next(lines), model.config, latex)
     return status
@@ -1608,8 +1605,6 @@ def main(argv=None):
         return 0
 
 ######## Appendix 1: what a stage is worth #########################################################
-#
-# From here on it is school arithmetic, without any deep learning.
 
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.MatMult: "*", ast.Div: "/", ast.Pow: "^2",
          ast.USub: "-"}
@@ -1693,14 +1688,21 @@ def exact_value(text):
     terms += [(int(number), ""), (number - int(number), "")]
     return join_terms(term for term in terms if term[0])
 
+def worths(line):
+    """What each part of a line is worth; None if it cannot be read."""
+    parts = line.split("=")
+    found = []
+    for part in parts:
+        try:
+            found.append(KINDS[kind_of(parts[0])].worth(part))
+        except InputError:
+            found.append(None)
+    return found
+
 def is_true(line):
     """Are all parts of a line worth the same? What cannot be read is not true."""
-    parts = line.split("=")
-    worth = KINDS[kind_of(parts[0])].worth
-    try:
-        return len(parts) > 1 and len({worth(part) for part in parts}) == 1
-    except InputError:
-        return False
+    first, *others = worths(line)
+    return first is not None and set(others) == {first}
 
 ######## Appendix 2: the next stage of the working #################################################
 #
@@ -1986,7 +1988,7 @@ ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{PRODUCT}")
 KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.2, size=count_signs,
                         stage=rewrite_letters, practice={
     "many": (0.74, functools.partial(draw_algebra, hard=True))},
-    is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem) is not None)
+    is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem))
 
 ######## Appendix 5: what is practised #############################################################
 
@@ -2003,9 +2005,9 @@ def draw_signed(draw, rng, top):
     a, sign, b = re.fullmatch("-?([0-9]+)(.)([0-9]+)", draw(rng, top)).groups()
     return rng.choice((f"-{a}{sign}{b}", f"{a}{sign}(-{b})", f"-{a}{sign}(-{b})"))
 
-def draw_fraction(rng, top):
-    """A fraction below 1; half of them can be cancelled, by up to 49."""
-    common = rng.choice((1, rng.randint(2, 49)))
+def draw_fraction(rng, top, largest=24):
+    """A fraction below 1; half of them are to be cancelled, by up to `largest`."""
+    common = rng.choice((1, rng.randint(2, largest)))
     b = rng.randint(2, max(2, 99 // common))
     return f"{rng.randrange(1, b) * common}/{b * common}"
 
@@ -2037,20 +2039,19 @@ for name, shape, share, shapes in PRACTICE:
     KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
 KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
 KINDS["sub"].practice["near"] = 0.45, functools.partial(draw_near, "-")
-KINDS["div"].practice["fractions"] = 0.22, draw_fraction
+KINDS["div"].practice["fractions"] = 0.22, functools.partial(draw_fraction, largest=49)
 
-def is_drawn(problem):
-    """Could a problem with two numbers have been drawn? A divisor has two digits at most."""
-    kind = KINDS[kind_of(problem)]
-    lengths = [len(n) for n in re.findall("[0-9]+", problem)]
-    if "/" in problem and lengths[1] > 2:
-        return False
-    is_long = "*" in problem and max(lengths) <= 4 and min(lengths) <= 2         # 4 x 2
-    return max(lengths) <= kind.sizes[-1] or is_long
+def drawn(sign, *lengths):
+    """A test of problems: two numbers of at most so many digits, for one of some pairs."""
+    pair = r"-?[0-9]{{1,{}}}{}([0-9]{{1,{}}}|\(-[0-9]{{1,{}}}\))"
+    return re.compile("|".join(pair.format(n, sign, m, m) for n, m in lengths)).fullmatch
 
+KINDS["add"].is_drawn = drawn(r"\+", (10, 10))
+KINDS["sub"].is_drawn = drawn("-", (10, 10))
+KINDS["mul"].is_drawn = drawn(r"\*", (3, 3), (4, 2), (2, 4))
+KINDS["div"].is_drawn = drawn("/", (5, 2))
 for name in ("add", "sub", "mul", "div"):
     KINDS[name].practice["signs"] = 0.16, functools.partial(draw_signed, KINDS[name].draw)
-    KINDS[name].is_drawn = is_drawn
 
 ######## The page of Step 7-4 ######################################################################
 
@@ -2173,8 +2174,7 @@ $("tokens").onkeydown = event => {
   const t = chosen + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0);
   if (t !== chosen && t >= reply.start && t <= reply.read.length) { event.preventDefault(); choose(t); }
 };
-for (const problem of data.right) add($("examples"), "button", problem, {onclick: () => ask(problem)});
-for (const problem of data.wrong) add($("examples"), "button", `${problem} (it fails here)`, {onclick: () => ask(problem)});
+for (const [problem, mark] of data.examples) add($("examples"), "button", problem + mark, {onclick: () => ask(problem)});
 const minutes = point => point.seconds / 60, rows = data.history.filter(point => point.right);
 if (rows.length) {
   chart("Loss, in nats", 1, {loss: data.history.map(point => [minutes(point), Math.min(1, point.loss)])});

@@ -286,7 +286,7 @@ def test_the_stream_can_start_anywhere():
 def test_an_untrained_model_knows_nothing():
     """The first loss is ln 21: each token is as likely as any other. Half the bits change little."""
     torch.manual_seed(0)
-    x, addresses, y = batches(Config(), 1)[0]
+    x, addresses, y = batches(Config(batch_tokens=1024), 1)[0]
     model = TinyLLM(Config())
     loss = tinyllm.loss_of(model, x, addresses, y).item()
     exact = F.cross_entropy(model(x, addresses).flatten(0, 1), y.flatten(), ignore_index=-100).item()
@@ -337,7 +337,7 @@ def only_short_sums(monkeypatch):
 
 def test_a_small_model_learns_addition(only_short_sums, tmp_path):
     """From nothing to 100% of the held-out one-digit sums, which it never saw."""
-    config = Config(n_layer=2, n_head=4, head_dim=16, n_embd=64, steps=600, batch_tokens=512, kinds="add")
+    config = Config(n_layer=2, n_head=4, head_dim=16, n_embd=64, steps=400, batch_tokens=512, kinds="add")
     problems = tinyllm.held_out_problems("add", 10, size=1)
     before = tinyllm.evaluate(TinyLLM(config).eval(), problems)
     after = tinyllm.evaluate(train(config, tmp_path / "model.pt"), problems)

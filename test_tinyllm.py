@@ -122,7 +122,9 @@ def test_tokenizer_round_trip(ones_first):
     """Nothing is lost between text and tokens; numbers are read from the ones place, or not."""
     for line in (line for kind in tinyllm.KINDS for line in lines(kind, 200)):
         assert decode(encode(line, ones_first), ones_first) == line
-    assert encode("-408*(12-7)") == encode("-804*(21-7)", ones_first=False)
+    assert [tinyllm.VOCAB[i] for i in encode("-408*(12-7)")] == list("-804*(21-7)")
+    assert [tinyllm.VOCAB[i] for i in encode("3(48x^2-xy+12)")] == list("3(2^x84-yx+21)")
+    assert encode("408", ones_first=False) == encode("804")
 
 def test_addresses_know_no_future():
     """An address depends on what stands before it alone, and no two tokens of a line share one."""
@@ -238,6 +240,14 @@ def test_lengths_are_even():
     assert all(400 < lengths.count(n) < 600 for n in range(2, 11))
     assert 0.08 < sum(map(tinyllm.is_held_out, problems)) / 5000 < 0.12
 
+@pytest.mark.parametrize("kind", ["expr", "algebra"])
+def test_practice_is_harder_than_the_test(kind):
+    """Training draws more of what is hard than the evaluation asks."""
+    size, rng = tinyllm.KINDS[kind].size, random.Random(0)
+    practised, asked = [sum(size(tinyllm.draw_problem(kind, rng, held_out)) for _ in range(1000)) / 1000
+                        for held_out in (False, True)]
+    assert practised > asked + 0.1
+
 def own_kind():
     """The example at the end of Step 4-1, as a reader would switch it on."""
     comment = SOURCE[SOURCE.index("# def draw_fractions"):SOURCE.index("######## Step 4-2")]
@@ -255,6 +265,12 @@ def test_a_kind_of_your_own(monkeypatch, tmp_path):
         assert tinyllm.check(re.sub("[0-9]$", lambda d: str((int(d[0]) + 1) % 10), line))[0] is False, line
     assert tinyllm.solve_by_rules("1/2+1/3") == "1/2+1/3=3/6+2/6=5/6"
     train(Config(**SMALL, kinds="frac", steps=2), tmp_path / "frac.pt")
+
+def test_x_y_and_what_counts():
+    """y is x one token later, and only what stands behind the first = counts."""
+    x, y = tinyllm.to_example("12*34=360+48=408")
+    whole = encode("12*34=360+48=408\n")
+    assert x == whole[:-1] and y == [-100] * 5 + whole[6:]
 
 def test_batches_hold_whole_lines_and_little_padding():
     """Rows of a batch are of like length, about batch_tokens in all, each with its addresses."""
@@ -640,9 +656,9 @@ def test_forgiving_input(text, problem):
     ("x2", "3x for x3"), ("3^2", "only letters"), ("(1+2)\u00b2", "only letters"), ("(2)^2+x", "only letters"),
     ("x^3", "x\\^2 for a square"), ("2**3", "x\\^2 for a square"), ("x*x*x", "up to x\\^2"), ("(x^2)^2", "up to x\\^2"),
     ("(2x+4)/2", "letters cannot be divided"), ("(1/2)*x", "letters cannot be divided"), ("6/2(1+2)", "behind a division"),
-    ("6/2x", "behind a division"), ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("1/0", "by zero"),
-    ("3.5*2", "unknown"), ("3*(1/(2-2))", "by zero"), ("1=1", "without ="), ("3,5", "decimals"), ("9" * 10_000, "parts"),
-    ("(" * 150 + "1" + ")" * 150, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
+    ("6/2x", "behind a division"), ("", "one problem"), ("1 2+3", "space inside"), ("1 1/2", "1\\+1/2"), ("3,5", "decimals"),
+    ("3.5*2", "unknown"), ("1/0", "division by zero"), ("3*(1/(2-2))", "division by zero"), ("1=1", "without ="),
+    ("9" * 10_000, "parts"), ("(" * 150 + "1" + ")" * 150, "parts"), ("\u0661+1", "ARABIC-INDIC"), ("\ud800", "ud800")])
 def test_bad_input_is_a_sentence(text, words):
     """What cannot be read is refused with the reason and the place, in ASCII."""
     with pytest.raises(InputError, match=words) as refusal:
@@ -678,6 +694,7 @@ def test_after_a_slip_only_the_first_false_stage_is_called_false():
     assert tinyllm.explain("2x+3x=6x=7x=5x")[0] == ["NOT TRUE: it should be 5x", "NOT TRUE: another slip", "true"]
     assert tinyllm.explain("-7/2=3")[0] == ["NOT TRUE: it should be -3-1/2"]
     assert tinyllm.explain("2+3=5") == (["true"], "the answer is right")
+    assert "true" not in tinyllm.explain("1/0=1/0")[0]
 
 ALPHABET = "0123456789+-*/()=xy^. ,\t\0\u00d7\u00b2\uff11\u0661\u2460\ud800\U0001f600"
 

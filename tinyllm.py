@@ -399,7 +399,7 @@ class Config:
     n_head: int = 6             # attention heads H of a block
     head_dim: int = 32          # numbers D for each token in a head
     n_embd: int = 128           # numbers C for each token
-    block_size: int = 448       # longest line, in tokens (no matter of blocks)
+    block_size: int = 448       # longest line, in tokens (it has nothing to do with blocks)
     n_place: int = 64           # places that have an embedding: ones, tens, hundreds ...
     n_slot: int = 40            # slots that have an embedding
     place: bool = True          # tell the model stage, slot and place; --no-place: the column alone
@@ -466,8 +466,8 @@ class TinyLLM(nn.Module):
         n_pairs = self.config.head_dim // 2
         if not self.config.place:
             return rotations(column, n_pairs, 1000).unsqueeze(2)
-        n = 3 * n_pairs // 8                          # of 16 pairs: place 4, slot 6, stage 6. All
-        # numbers here were found by trying. A place needs slow pairs, to find the highest digit.
+        # Of 16 pairs: place 4, slot 6, stage 6. The bases are choices, too.
+        n = 3 * n_pairs // 8
         by_place, by_slot = rotations(place, n_pairs - 2 * n, 100), rotations(slot, n, 16)
         return torch.cat((by_place, by_slot, rotations(stage, n, 16)), dim=-1).unsqueeze(2)
 
@@ -1054,7 +1054,7 @@ def explain(line):
     first, *others = worths(line)
     words = []
     for before, worth in zip([first, *others], others):
-        if worth == first:
+        if worth is not None and worth == first:
             words.append("true")
         elif worth is not None and worth == before:   # after a slip, right but for the slip
             words.append("follows from that")
@@ -1285,16 +1285,16 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
             speed = n_tokens / (progress["seconds"] - resumed_at)
             row = f"{progress['step']:6} {done:4.0%} {loss:6.4f} {speed:8,.0f} {minutes:4.1f}"
             show_live(f"{row}  {minutes * (1 - done) / done:.1f} minutes left")
-        if report and int(10 * done) > int(10 * before):
-            show_live(f"{row}  measuring ...")
-            right = measure_now(model, asked)
-            if right:
-                point["right"] = right
-                show_live("")
-                report(row + "".join(f"{part:8.0%}" for part in right.values()))
-            else:
-                presses.append(1)
-            save_checkpoint(out, model, optimizers, progress)
+            if int(10 * done) > int(10 * before):
+                show_live(f"{row}  measuring ...")
+                right = measure_now(model, asked)
+                if right:
+                    point["right"] = right
+                    show_live("")
+                    report(row + "".join(f"{part:8.0%}" for part in right.values()))
+                else:
+                    presses.append(1)
+                save_checkpoint(out, model, optimizers, progress)
         began = time.perf_counter()                   # measuring does not count as training
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1690,11 +1690,11 @@ def exact_value(text):
 
 def worths(line):
     """What each part of a line is worth; None if it cannot be read."""
-    parts = line.split("=")
-    found = []
+    parts, found = line.split("="), []
+    worth = KINDS[kind_of(parts[0])].worth
     for part in parts:
         try:
-            found.append(KINDS[kind_of(parts[0])].worth(part))
+            found.append(worth(part))
         except InputError:
             found.append(None)
     return found
@@ -2043,8 +2043,8 @@ KINDS["div"].practice["fractions"] = 0.22, functools.partial(draw_fraction, larg
 
 def drawn(sign, *lengths):
     """A test of problems: two numbers of at most so many digits, for one of some pairs."""
-    pair = r"-?[0-9]{{1,{}}}{}([0-9]{{1,{}}}|\(-[0-9]{{1,{}}}\))"
-    return re.compile("|".join(pair.format(n, sign, m, m) for n, m in lengths)).fullmatch
+    pairs = [rf"-?[0-9]{{1,{n}}}{sign}([0-9]{{1,{m}}}|\(-[0-9]{{1,{m}}}\))" for n, m in lengths]
+    return re.compile("|".join(pairs)).fullmatch
 
 KINDS["add"].is_drawn = drawn(r"\+", (10, 10))
 KINDS["sub"].is_drawn = drawn("-", (10, 10))

@@ -438,7 +438,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     path, model = tmp_path / "model.pt", small_model()
     tinyllm.save_checkpoint(path, model)
     before = path.read_bytes()
-    model.head.weight.data[0, 0] = float("nan")
+    model.output.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="keeps the last good state"):
         tinyllm.save_checkpoint(path, model)
     with pytest.raises(InputError, match="keeps the last good state"):

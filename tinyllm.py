@@ -64,7 +64,7 @@ from torch.utils.data import DataLoader, IterableDataset                        
 ######## Step 1: PyTorch in five facts #############################################################
 
 def five_facts():
-    """What you need of PyTorch, or nearly. The tests run each line.
+    """PyTorch computes with tensors and finds gradients. What you need of it, or nearly:
 
     Fact 1. A tensor is a block of numbers with a shape, one type (dtype) and a device (CPU or GPU).
 
@@ -80,7 +80,7 @@ def five_facts():
     torch.Size([2, 3])
     >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape         # other shapes
     (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
-    >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # along the last axis, -1: e^x over their sum
+    >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # each e^x over their sum; -1: the last axis
     tensor([0.0900, 0.2447, 0.6652])
     >>> a.add_(1).sum()                               # a name that ends in _ changes the tensor
     tensor(27.)
@@ -88,13 +88,14 @@ def five_facts():
     Fact 2. A tensor and a NumPy array can share their memory: torch.from_numpy(array) and
     tensor.numpy() copy nothing. (Nothing below needs NumPy.)
 
-    Fact 3. PyTorch records what is done to a tensor with requires_grad. backward() follows the
-    record back and finds the gradient: how the result changes when the tensor changes a little. By
-    hand: the derivative of w^2 + 3w is 2w + 3, which is 7 at w = 2.
+    Fact 3. Of a tensor with requires_grad, PyTorch records all that is done with it, except under
+    no_grad() and inference_mode(). backward() follows the record back and finds the gradient: how
+    the result changes when the tensor changes a little. By hand: the derivative of w^2 + 3w is
+    2w + 3, which is 7 at w = 2.
 
     >>> w = torch.tensor(2.0, requires_grad=True)
     >>> (w ** 2 + 3 * w).backward()
-    >>> w.grad                          # (under no_grad() or inference_mode() nothing is recorded)
+    >>> w.grad
     tensor(7.)
 
     Fact 4. A network is a class, an nn.Module. What its __init__ assigns to self, layers or
@@ -121,22 +122,21 @@ def five_facts():
 ######## Step 2: what an LLM is ####################################################################
 #
 # A text is cut into tokens; here a token is one character. The vocabulary is the list of all
-# tokens. A language model does one thing: it reads the tokens so far and gives each token a
-# probability to come next. The probability of a whole text is the product of these:
+# tokens. A language model does one thing: it reads the tokens so far and gives each token of the
+# vocabulary a probability to come next. The probability of a whole text is the product of these:
 #
 #     P(t1 t2 t3) = P(t1) * P(t2 after t1) * P(t3 after t1 t2)
 #
 # To write, it takes the likeliest token, appends it, and asks again. That is greedy decoding.
 #
-# To train it, we show it texts and look, at each position, how probable it found the token that
-# really came next. The loss is -ln P, averaged over the positions (the logarithm turns the product
-# into a sum). It is called cross-entropy, and its unit is the nat. If P is 1, the loss is 0. A
-# model that knows nothing gives each of our 21 tokens P = 1/21, and its loss is ln 21 = 3.04.
-# Training changes the weights against the gradient of the loss, again and again.
+# To train it, we show it some texts at a time, a batch, and look, at each position, how probable it
+# found the token that really came next. The loss is -ln P, averaged over the positions (the
+# logarithm turns the product into a sum). It is called cross-entropy, and its unit is the nat. If P
+# is 1, the loss is 0. A model that knows nothing gives each of our 21 tokens P = 1/21, and its loss
+# is ln 21 = 3.04. Training changes the weights against the gradient of the loss, batch after batch.
 #
 # Writing goes one token at a time, because the next one is not known yet. In training the whole
-# text is known. So all positions are predicted at once, and a mask hides from each what comes after
-# it.
+# text is known. So all positions are predicted at once, and a mask hides from each what follows.
 #
 # What happens inside, with the shape of the numbers at each place:
 #
@@ -148,7 +148,7 @@ def five_facts():
 #       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
 #       |                key agree, the value flows. All three are vectors of D numbers: the token's
-#       |                vector times a learned matrix each. (A fourth leads back to C numbers.)
+#       |                vector times a learned matrix each. (A fourth matrix leads back to C.)
 #       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
 #       |                Both ADD their result to the token's vector: x = x + attention(x), then
 #       |                x = x + mlp(x). This sum through all blocks is the residual stream.
@@ -167,19 +167,19 @@ def five_facts():
 
 ######## Step 3-1: the tokenizer ###################################################################
 #
-# encode and decode turn each number round, and nothing else does: the model reads and writes 408 as
-# 8, 0, 4. A carry runs from the ones upward. So each digit is written when all that it depends on
-# is known. (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters turn with their
-# number: 48x is x, 8, 4. So when the 8 is read, it is already known to count x.
+# encode and decode reverse each number, and nothing else does: the model reads and writes 408 as 8,
+# 0, 4. A carry runs from the ones upward. So each digit of a sum is written when all that it
+# depends on is known. (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters are
+# reversed with their number: 48x is x, 8, 4. So when the 8 is read, it is known to count x.
 
-VOCAB = "\n0123456789+-*/()=xy^"        # the newline, token 0, ends a line and fills up short rows
+VOCAB = "\n0123456789+-*/()=xy^"        # the newline, token 0, ends a line and fills up short ones
 ID = {character: i for i, character in enumerate(VOCAB)}
 END = ID["\n"]
 EQUALS = ID["="]
 DIGITS = range(ID["0"], ID["9"] + 1)
 
 def reverse_numbers(text):
-    """Turn each number round, with the letters behind it. Doing it twice gives the text back.
+    """Reverse each number, with the letters after it. Doing it twice gives the text back.
 
     >>> reverse_numbers("12*34=408"), reverse_numbers("48x^2-7x")
     ('21*43=804', '2^x84-x7')
@@ -201,21 +201,21 @@ def decode(ids, ones_first=True):
 
 ######## Step 3-2: embeddings: what a token is, and where it stands ################################
 #
-# A model must know where a token stands. Most LLMs number the tokens of a text: 0, 1, 2, 3. We call
-# that number the column. They bring it into attention by RoPE, rotary position embedding (Su et al.
-# 2021, "RoFormer"). Attention asks by a dot product how well a key and a query agree. A key k at
-# column a is turned by a rotation R_a, a query q at column b by R_b. Turning both back by R_a would
-# change no angle between them, so
+# Attention hardly sees the order of tokens, so a model must be told where each of them stands. Most
+# LLMs number the tokens of a text: 0, 1, 2, 3. We call that number the column. They bring it
+# into attention by RoPE, rotary position embedding (Su et al. 2021, "RoFormer"). Attention asks by
+# a dot product how well a key and a query agree. A key k at column a is turned by a rotation R_a, a
+# query q at column b by R_b. Turning both back by R_a changes neither lengths nor the angle, so
 #
 #     (R_a k) . (R_b q)  =  k . (R_(b-a) q)
 #
 # depends on the distance b - a alone. To turn a vector, its numbers are taken in pairs, each pair
-# as a point of the plane, that is a complex number, and multiplied by e^(i * column * speed), which
-# turns it by that angle. Each pair has its own speed: fast ones tell neighbours apart but soon come
-# round again, slow ones tell what is near from what is far.
+# as a point of the plane, that is a complex number, and multiplied by e^(i * angle), where the
+# angle is column * speed. Each pair has its own speed: fast ones tell neighbours apart but soon
+# come round again, slow ones tell what is near from what is far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 down to 2 / base."""
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
     angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
     return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
@@ -224,22 +224,22 @@ def rotate(x, turns):
     """Turn the vectors of all H heads (Step 3-3) alike: x (B, T, H, D), turns (B, T, 1, n_pairs),
     where n_pairs is D/2 -> the shape of x.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2); -1: what fits
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)       # x's type (B, T, H, D)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)              # (B, T, H, D)
 
 # For a calculation there is something better than a column: an address, like a cell of a table.
 #
 #     stage   how many "=" stand before the token
-#     slot    how many tokens that are no digits stand before it in its stage: each ends a slot
+#     slot    how many tokens other than digits stand before it in its stage: each ends a slot
 #     place   which character of its slot it is: in a number the ones have place 1, the tens place 2
 #             (McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings")
 #
-# An address depends on the tokens to the left alone. So nothing leaks from the future, and the
-# address of the token that comes next is known before that token is written. We carry the column
-# along for --no-place, which uses it alone.
+# An address depends on the tokens to the left. So nothing leaks from the future, and the address of
+# the token that comes next is known before that token is written. We carry the column along for the
+# option --no-place, which uses it alone.
 
 def next_address(address, token):
-    """Behind a token: its (column, stage, slot, place) and its id -> the next address."""
+    """A token's address (column, stage, slot, place) and its id -> the next token's address."""
     column, stage, slot, place = address
     if token == EQUALS:
         return column + 1, stage + 1, 0, 1
@@ -270,9 +270,9 @@ def find_addresses(ids):
 # of 357, the query has place 2, and so have the keys of the tens, 1 and 4: it asks at distance 0.
 # (The stage has no embedding: all that matters of it is a distance, "one stage earlier".)
 #
-# A model that has only seen numbers of ten digits learns that they end at place 10, and fails at
+# A model that has only seen up to ten digits learns that a number ends at place 10, and fails at
 # place 11. So in training each line numbers its places in its own way, with gaps: 1, 2, 3 or 1, 3,
-# 4 or 1, 3, 5. Ten digits then reach up to place 19, and a place means nothing but "the same" and
+# 4 or 1, 3, 5. Ten digits then reach up to place 19, and a place means little but "the same" and
 # "higher". That is enough: digits of the same place are added, and the carry comes from the nearest
 # lower place, the one just written. (Ruoss et al. 2023, "Randomized Positional Encodings".)
 
@@ -293,10 +293,10 @@ def attention(q, k, v):
     attention weights (..., T, S). In training S is T.
 
     The score of a query and a key is their dot product: how well they agree. As a sum of D products
-    of either sign it grows with the square root of D, so it is divided by that, whatever D is. A
-    causal mask sets the scores of later tokens to minus infinity. Softmax turns each row of scores
-    into weights with the sum 1 (computed, not learned). The result is the values mixed by these.
-    (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens with two numbers each:
+    of either sign it grows like sqrt(D), so it is divided by that: with large scores a token would
+    look at one alone. A causal mask sets the scores of later tokens to minus infinity. Softmax
+    turns a row of scores into weights with the sum 1 (computed, not learned), and the values are
+    mixed by these. (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens, D = 2:
 
     >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
     >>> k = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -319,22 +319,22 @@ def attention(q, k, v):
             [ 1.9557,  8.0443],
             [ 9.2071,  0.7929]])
 
-    In writing (Step 6-1) q is of the newest token, and k and v also of the S - T before it, which
+    With a cache (Step 6-1) q is of the newest token, and k and v also of the S - T before it, which
     were kept. So the mask starts that much further right.
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)                     # (..., T, S)
-    scores += torch.full((T, S), float("-inf"), device=q.device).triu(S - T + 1)
+    scores += scores.new_full((T, S), float("-inf")).triu(S - T + 1)       # new_full: of its type
     weights = scores.softmax(-1)                                                  # (..., T, S)
     return weights @ v, weights                                                   # (..., T, D)
 
 class CausalSelfAttention(nn.Module):
-    """Tokens look at earlier tokens: x (B, T, C), turns (B, T + 1, 1, D/2) -> (B, T, C).
+    """Tokens look at themselves and before: x (B, T, C), turns (B, T + 1, 1, D/2) -> (B, T, C).
 
     This happens H times side by side, each time with queries, keys and values of its own. Each is a
     head: one may find the tens, another the sign.
-    cache: None in training. In writing it is a list, empty at first, that keeps the keys and values
-    of earlier tokens, so that each is computed once (the key/value cache).
+    cache: None, or a list, empty at first, that keeps the keys and values of earlier tokens, so
+    that each is computed once (the key/value cache).
     """
 
     def __init__(self, config):
@@ -346,15 +346,15 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, inner, bias=False)
         self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
         self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))         # used below
-        nn.init.zeros_(self.out.weight)      # a new block changes nothing (its gradient is not 0)
+        nn.init.zeros_(self.out.weight)      # a new block changes nothing; this learns first
 
     def forward(self, x, turns, cache=None):
         q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
         k = self.key(x).unflatten(-1, (self.n_head, -1))
         v = self.value(x).unflatten(-1, (self.n_head, -1))
         # layer_norm brings the D numbers of a vector (the last axis) to mean 0 and spread 1, so to
-        # one length; no score can run away (QK-norm, Henry et al. 2020). How sharply a head looks
-        # is then one learned number, its gain.
+        # the length sqrt(D); no score can run away (QK-norm, Henry et al. 2020). How sharply a head
+        # looks is then one learned number, its gain.
         q = self.gain * rotate(F.layer_norm(q, q.shape[-1:]), turns[:, 1:])       # next address
         k = rotate(F.layer_norm(k, k.shape[-1:]), turns[:, :-1])                  # own address
         if cache:
@@ -363,7 +363,7 @@ class CausalSelfAttention(nn.Module):
             cache[:] = k, v                                                       # (B, S, H, D)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))                # (B, H, S, D)
         y, weights = attention(q, k, v)                                           # (B, H, T, D)
-        self.weights = None if self.training else weights  # for Step 7-1; eval() ends training
+        self.weights = None if self.training else weights  # for Step 7-1
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
@@ -371,10 +371,11 @@ class Block(nn.Module):
 
     The MLP lets each token think by itself: two layers, and between them ReLU, which sets to 0 what
     is below 0, and a square (So et al. 2021, "Primer"). Without something like that, two layers
-    could do no more than one. The 3 C numbers in the middle detect things, such as "a 9 and a
-    carry". LayerNorm brings each token's vector to mean 0 and spread 1, then applies a learned
-    scale and shift to each of its numbers. So a layer reads numbers of one size, however much the
-    blocks before it have added. It stands before each part (pre-norm, Xiong et al. 2020).
+    could do no more than one: a product of matrices is a matrix. The 3 C numbers in the middle
+    detect things, such as "a 9 and a carry". LayerNorm brings each token's vector to mean 0 and
+    spread 1, then applies a learned scale and shift to each of its numbers. So a layer reads
+    numbers of one size, however much the blocks before it have added. It stands before each part
+    (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, config):
@@ -394,7 +395,7 @@ class Block(nn.Module):
 
 @dataclasses.dataclass
 class Config:
-    """All numbers that define a run. Each is a flag of `train`: --n_layer 2, --no-place ..."""
+    """All that defines a run. Each is a flag of `train`: --n_layer 2, --no-place ..."""
     n_layer: int = 4            # blocks, one after the other
     n_head: int = 6             # attention heads H of a block
     head_dim: int = 32          # numbers D for each token in a head
@@ -403,13 +404,13 @@ class Config:
     n_place: int = 64           # places that have an embedding: ones, tens, hundreds ...
     n_slot: int = 40            # slots that have an embedding
     place: bool = True          # tell the model stage, slot and place; --no-place: the column alone
-    gap: int = 2                # in training the next place is 1 to this higher
+    gap: int = 2                # in training each place is 1 to this above the last
     ones_first: bool = True     # write numbers from the ones place
     working: bool = True        # learn to write the working; --no-working: the answer alone
     muon: bool = True           # train the matrices with Muon (Step 5-1); --no-muon: all with AdamW
     kinds: str = "add sub mul div expr algebra"      # kinds of problem to learn
     steps: int = 6000           # optimizer steps
-    batch_tokens: int = 4096    # tokens of a batch, the lines of one optimizer step, about
+    batch_tokens: int = 4096    # tokens of a batch, about; a batch is one optimizer step
     lr: float = 0.02            # highest learning rate of Muon
     adam_lr: float = 0.003      # highest learning rate of AdamW
     weight_decay: float = 0.01  # how strongly the weights are pulled towards zero
@@ -419,7 +420,7 @@ class Config:
 
 class TinyLLM(nn.Module):
     """A decoder-only Transformer: ids (B, T) -> logits (B, T, V). One example all the way: 4 tokens
-    become 4 vectors of C = 128 numbers, a block keeps the shape, the head makes 21 scores of each.
+    become 4 vectors of C = 128 numbers, a block keeps the shape, and each becomes 21 scores.
 
     >>> model = TinyLLM(Config())
     >>> ids = torch.tensor([encode("7+8=")])
@@ -428,10 +429,10 @@ class TinyLLM(nn.Module):
     >>> [list(tensor.shape) for tensor in (ids, x, model.blocks[0](x, turns), model(ids))]
     [[1, 4], [1, 4, 128], [1, 4, 128], [1, 4, 21]]
 
-    The last row of scores is for the token behind "=": a 5, the ones of 15. A new model guesses:
+    The last row of scores is for the token after "=": a 5, the ones of 15. A new model guesses:
 
     >>> logits = model(ids)[0, -1]                    # (V,)
-    >>> loss = F.cross_entropy(logits, torch.tensor(ID["5"]))
+    >>> loss = F.cross_entropy(logits, torch.tensor(ID["5"]))          # -ln of the softmax at "5"
     >>> 0.01 < logits.softmax(-1)[ID["5"]].item() < 0.15, 2 < loss.item() < 4     # 1/21 and ln 21
     (True, True)
     >>> sum(p.numel() for p in model.parameters())    # weights in all
@@ -446,9 +447,9 @@ class TinyLLM(nn.Module):
         self.slot = nn.Embedding(config.n_slot, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, len(VOCAB), bias=False)
-        for layer in (self.token, self.place, self.slot, self.head):
-            nn.init.normal_(layer.weight, std=0.02)   # small: so the first logits are near 0
+        self.output = nn.Linear(config.n_embd, len(VOCAB), bias=False)
+        for layer in (self.token, self.place, self.slot, self.output):
+            nn.init.normal_(layer.weight, std=0.02)   # small: so the first logits are, too
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
@@ -466,7 +467,7 @@ class TinyLLM(nn.Module):
         n_pairs = self.config.head_dim // 2
         if not self.config.place:
             return rotations(column, n_pairs, 1000).unsqueeze(2)
-        # Of 16 pairs: place 4, slot 6, stage 6. The bases are choices, too.
+        # Of 16 pairs: place 4, slot 6, stage 6. This and the bases are choices.
         n = 3 * n_pairs // 8
         by_place, by_slot = rotations(place, n_pairs - 2 * n, 100), rotations(slot, n, 16)
         return torch.cat((by_place, by_slot, rotations(stage, n, 16)), dim=-1).unsqueeze(2)
@@ -474,7 +475,7 @@ class TinyLLM(nn.Module):
     def forward(self, ids, addresses=None, cache=None):
         """ids (B, T) -> logits (B, T, V). addresses (B, T + 1, 4); None: they are counted here.
 
-        cache: a list for each block; then ids are the new tokens behind those in it.
+        cache: a list for each block; then ids are the new tokens after those in it.
         """
         if addresses is None:
             addresses = [find_addresses(row) for row in ids.tolist()]
@@ -483,7 +484,7 @@ class TinyLLM(nn.Module):
         turns = self.turns(addresses)                                      # (B, T + 1, 1, D/2)
         for i, block in enumerate(self.blocks):
             x = block(x, turns, cache[i] if cache else None)                      # (B, T, C)
-        return self.head(self.norm(x))                                            # (B, T, V)
+        return self.output(self.norm(x))                                            # (B, T, V)
 
 ######## Step 4-1: making the data #################################################################
 #
@@ -496,8 +497,8 @@ class TinyLLM(nn.Module):
 #     expr     (12+3)*4-6=15*4-6=60-6=54
 #     algebra  3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11
 #
-# A problem has a size: in the first four kinds the digits of its longest number, in the others its
-# operators. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits,
+# A problem has a size: the digits of its longest number in the first four kinds, its operators in
+# the others. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits,
 # and short ones would hardly ever come.
 
 def draw_number(rng, n_digits):
@@ -522,23 +523,23 @@ def draw_product(rng, top):
     return f"{draw_number(rng, rng.randint(1, top))}*{draw_number(rng, rng.randint(1, top))}"
 
 def draw_quotient(rng, top):
-    """Three in ten, or more, are fractions below 1; half of the rest come out even."""
+    """Three in ten are drawn below 1; half of the others have no remainder."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, 2)) or 1
     if rng.random() < 0.3:
-        return draw_fraction(rng, top)                # see the appendix
+        return draw_fraction(rng, top)                # in the appendix
     if rng.random() < 0.5:
         a = a // b * b or b
     return f"{a}/{b}"
 
 @dataclasses.dataclass
 class Kind:
-    """All that this program knows of a kind of problem. (lambda: for what is defined later.)"""
+    """All that this program knows of a kind of problem. (A lambda may name what comes later.)"""
     draw: callable              # draw(rng, top) -> a problem of about size top or less
     looks: str                  # a pattern for its problems; the first kind that fits counts
     sizes: range                # the sizes to train on
     beyond: tuple = ()          # larger sizes, which eval asks as well
-    share: float = 1.0          # how often it is drawn, compared with the others
+    share: float = 1.0          # how often it is drawn, compared with the others (tried out)
     practice: dict = dataclasses.field(default_factory=dict)     # name -> (share, draw): appendix
     size: callable = lambda problem: longest_number(problem)     # problem -> its size
     stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
@@ -567,7 +568,7 @@ def kind_of(problem):
 # numbers.) A number computed from the text decides, the same for every seed.
 
 def is_held_out(problem):
-    """Is this problem kept for evaluation? 12+39 and 39+12 are one problem, and share their side.
+    """Is this problem kept for evaluation? 12+39 and 39+12 are both held out, or both not.
 
     >>> is_held_out("12+60"), is_held_out("60+12"), is_held_out("12+61")
     (True, True, False)
@@ -649,26 +650,25 @@ class ProblemStream(IterableDataset):
     """Endless batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
 
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
-    up at the right, where no token looks and y is -100: that is padding, and wasted work. So a pool
-    of 64 batches is drawn and sorted by length first. In a run of a set number of steps, pool n
-    depends on n and the seed alone, so that a run that was stopped goes on as it would have. rank:
-    which of the n_processes that train together this one is. PyTorch's DataLoader calls __iter__
-    below and hands on what it yields (Step 7-5).
+    up at the right, where no token of theirs looks and y is -100: that is padding, and wasted work.
+    So a pool of 64 batches is drawn and sorted by length first. In a run of a set number of steps,
+    pool n depends on n and the seed alone, so that a run that was stopped goes on as it would have.
+    PyTorch's DataLoader calls __iter__ and hands on what it yields.
     """
     POOL = 64
 
-    def __init__(self, config, progress, rank=0, n_processes=1):
+    def __init__(self, config, progress, rank=0, n_processes=1):       # of several: see Step 7-5
         self.config, self.progress = config, progress
         self.rank, self.n_processes = rank, n_processes
 
     def draw_example(self, rng, done):
         kinds = self.config.kinds.split()
         kind = rng.choices(kinds, [KINDS[kind].share for kind in kinds])[0]
-        # Curriculum (Bengio et al. 2009): nine in ten are small, in the first fifth of the run.
+        # Curriculum (Bengio et al. 2009): for nine in ten, sizes open in the first fifth of a run.
         sizes = KINDS[kind].sizes
         n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
         problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
-        line = solve_by_rules(problem, self.config.working)
+        line = solve_by_rules(problem, self.config.working)      # in the appendix
         x, y = to_example(line, self.config.ones_first)
         return x, with_gaps(find_addresses(x), self.config.gap, rng), y
 
@@ -702,20 +702,21 @@ class ProblemStream(IterableDataset):
 ######## Step 5-1: the loss and the optimizers #####################################################
 
 def loss_of(model, x, addresses, y):
-    """The mean of -ln P(y) over the tokens that count. (F.cross_entropy softmaxes the logits.)"""
+    """Cross-entropy: the mean of -ln P(y) over the tokens that count."""
     # autocast: matrix products with half the bits, where that is faster
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device.type)):
         logits = model(x, addresses)                                              # (B, T, V)
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())   # y (B*T,); -100 is skipped
 
 # Adam (Kingma and Ba 2014) improves on plain gradient descent in two ways. It follows the mean of
-# the last gradients, called momentum, so that chance is averaged out. And it divides by how large a
-# weight's gradients usually are, so that all weights move at a like pace. AdamW (Loshchilov and
-# Hutter 2017) adds weight decay: each step shrinks all weights, so that one of no use fades away.
+# the last gradients, called momentum, so that the chance of one batch is averaged out. And it
+# divides by how large a weight's gradients usually are, so that all weights move at a like pace.
+# AdamW (Loshchilov and Hutter 2017) adds weight decay: each step shrinks all weights, so that one
+# of no use fades away.
 #
 # Muon (Jordan et al. 2024) is for matrices. A matrix stretches space along certain directions, and
 # so does its gradient, which is a matrix, too: it is strong in the few that most examples ask for.
-# Muon makes the step equally strong in all directions, so that what is rare is learned, too.
+# Muon makes the step equally strong in all directions, for what is rare must be learned, too.
 
 def orthogonal(matrix):
     """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
@@ -741,37 +742,37 @@ def orthogonal(matrix):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum whose steps are made orthogonal (also in torch.optim)."""
+    """Gradient descent with momentum and orthogonal steps. (torch.optim's is slow on many CPUs.)"""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
+        for group in self.param_groups:               # what was given to __init__, here one group
             for p in group["params"]:
-                # state: what the optimizer keeps for each weight, at first zeros
+                # state: what the optimizer keeps for each Parameter, at first zeros
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
-                size = max(1, len(p) / p.shape[1]) ** 0.5        # a tall matrix takes longer steps
+                size = max(1, len(p) / p.shape[1]) ** 0.5        # a rule of thumb for tall ones
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
 def make_optimizers(model, config):
-    """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, gains, head."""
+    """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, gains, output."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     decay = config.weight_decay
-    # betas: how much of the two means, of gradients and of their squares, stays at each step
+    # betas: how much of its two means, of gradients and of their squares, stays at each step
     adam = torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=decay)
     return [adam, Muon(matrices, config.lr, weight_decay=decay)] if matrices else [adam]
 
 def lr_factor(step, done, config):
     """What the learning rates are multiplied by, when the part `done` (0 to 1) of the run is over.
 
-    They rise, as the optimizers' means are still empty (warm-up), stay, and fall in a straight line
-    to 2%: small steps settle what large ones leave shaking.
+    They rise while the optimizers' means are still empty (warm-up), stay, then fall in a straight
+    line to 2%: small steps settle what large ones leave shaking.
 
     >>> [round(lr_factor(step, step / 1000, Config()), 2) for step in (0, 49, 99, 400, 700, 1000)]
     [0.01, 0.5, 1.0, 1.0, 0.51, 0.02]
@@ -791,13 +792,13 @@ def learn(model, optimizers, x, addresses, y):
     return loss.item()
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train until the run is over. batches_of_run (Step 7-5) takes batches from ProblemStream,
-    counts steps in `progress`, and at every tenth of the run prints by `report` and saves to `out`.
+    """Train until the run is over. batches_of_run (Step 7-5) hands on batches and counts each in
+    `progress` as a step. At every tenth of the run it prints by `report` and saves to `out`.
     """
     losses = []                                       # since the last point of the loss curve
     for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
         factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
-        for optimizer in optimizers:    # one group of weights each; defaults: the lr at its making
+        for optimizer in optimizers:                  # defaults: what it was made with
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         losses.append(learn(model, optimizers, x, addresses, y))
 
@@ -808,12 +809,12 @@ def fit(model, optimizers, progress, out, report=None):
 #       step done   loss tokens/s  min    add    sub    mul    div   expr algebra
 #        600  10% 0.4022    9,268  4.4    34%    21%    16%    13%    16%     21%
 #
-# It has the loss, how fast it goes, the minutes so far, and which part of 100 held-out problems of
-# each kind is answered right. The loss falls first: for an answer, every token must be right.
+# It shows the loss, the speed, the minutes so far, and which part of 100 held-out problems of each
+# kind is answered right. The loss falls first: for an answer, every token must be right.
 
 ######## Step 5-4: saving ##########################################################################
 
-FORMAT = 6                              # of the file; counts up when its meaning changes
+FORMAT = 7                              # of the file; raised when its meaning changes
 
 def save_checkpoint(path, model, optimizers=(), progress=None):
     """Write all that is needed to ask the model, and to go on training it. Raises InputError."""
@@ -823,8 +824,7 @@ def save_checkpoint(path, model, optimizers=(), progress=None):
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "progress": progress or new_progress()})
 
-# load_checkpoint (Step 7-5) reads it again: path -> (model, all that is in the file). It runs no
-# code from the file.
+# load_checkpoint (Step 7-5) reads it again: path -> (model, all that is in the file).
 
 ######## Step 6-1: writing an answer ###############################################################
 
@@ -832,11 +832,11 @@ def save_checkpoint(path, model, optimizers=(), progress=None):
 def generate(model, prompt, max_tokens=None):
     """Greedy decoding: continue a list of ids with the likeliest token, again and again, until END.
 
-    This function knows nothing of arithmetic: the model could have learned any texts.
+    This function knows nothing of arithmetic. max_tokens counts the prompt, too.
     """
     ids = list(prompt)
     while len(ids) < (max_tokens or model.config.block_size):
-        logits = model(torch.tensor([ids], device=model.head.weight.device))      # (1, T, V)
+        logits = model(torch.tensor([ids], device=model.output.weight.device))    # (1, T, V)
         token = logits[0, -1].argmax().item()
         if token == END:
             break
@@ -850,7 +850,7 @@ def generate(model, prompt, max_tokens=None):
 @torch.inference_mode()
 def generate_batch(model, prompts, max_tokens=None):
     """generate for many prompts: lists of ids -> lists of ids."""
-    device = model.head.weight.device
+    device = model.output.weight.device
     rows = [list(prompt) for prompt in prompts]
     addresses = [find_addresses(row[:1]) for row in rows]        # of the newest token and the next
     going = list(range(len(rows)))                               # the rows that have not ended
@@ -896,7 +896,7 @@ def check(line):
     >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12"), check("7-7=-0")
     ((True, True), (True, False), (False, False), (False, False))
     """
-    first, *others = worths(line)                     # the right answer to each part, as a text
+    first, *others = worths(line)         # the right answer to each part (in the appendix)
     answer = others[-1:] == [first] and line.endswith(f"={first}")
     return answer, answer and set(others) == {first}
 
@@ -946,7 +946,7 @@ def watch(model, line):
     """
     ids = encode(line, model.config.ones_first)
     with torch.inference_mode():
-        logits = model(torch.tensor([ids], device=model.head.weight.device))[0]
+        logits = model(torch.tensor([ids], device=model.output.weight.device))[0]
     weights = torch.stack([block.attention.weights[0] for block in model.blocks])
     return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.softmax(-1).cpu()
 
@@ -1252,7 +1252,7 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     presses = []                                      # of Ctrl-C, which waits for the end of a step
     previous = signal.signal(signal.SIGINT, lambda *_: presses.append(1))
     model.train()
-    config, device = model.config, model.head.weight.device
+    config, device = model.config, model.output.weight.device
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         for weight in model.parameters():

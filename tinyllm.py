@@ -6,8 +6,8 @@ out its working as a pupil does:
     (12+3)*4-6=15*4-6=60-6=54
 
 You give it the problem, up to the first "=". The model writes the rest, one character at a time. No
-calculator stands between the model and its answer. All the stages of a line are worth the same, so
-a line can be checked exactly: when training data are made, and after the model has answered.
+calculator stands between the model and its answer. All the parts between "=" are worth the same,
+so a line can be checked exactly: when training data are made, and after the model has answered.
 
     python tinyllm.py train --quick        a first taste: sums, in seconds
     python tinyllm.py train                learn everything (the README says how long that takes)
@@ -78,7 +78,7 @@ def five_facts():
             [14.,  5.,  6.]])
     >>> (a * torch.ones(2, 1)).shape                  # and an axis of size 1 is repeated
     torch.Size([2, 3])
-    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape         # other shapes
+    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape    # 1: a new axis
     (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
     >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # each e^x over their sum; -1: the last axis
     tensor([0.0900, 0.2447, 0.6652])
@@ -99,8 +99,8 @@ def five_facts():
     tensor(7.)
 
     Fact 4. A network is a class, an nn.Module. What its __init__ assigns to self, layers or
-    Parameters, holds the weights, the numbers that are learned. You write its forward(x); module(x)
-    calls it. Two layers do most of the work:
+    Parameters, holds the weights: random numbers at first, which are learned. You write its
+    forward(x); module(x) calls it. Two layers do most of the work:
 
     >>> layer = nn.Linear(3, 2, bias=False)           # y = x W^T, with W of shape (2, 3)
     >>> table = nn.Embedding(21, 128)                 # a table: number i becomes row i
@@ -120,7 +120,6 @@ def five_facts():
     """
 
 ######## Step 2: what an LLM is ####################################################################
-#
 # A text is cut into tokens; here a token is one character. The vocabulary is the list of all
 # tokens. A language model does one thing: it reads the tokens so far and gives each token of the
 # vocabulary a probability to come next. The probability of a whole text is the product of these:
@@ -166,7 +165,6 @@ def five_facts():
 # its probability (sampling), where ours takes the likeliest.
 
 ######## Step 3-1: the tokenizer ###################################################################
-#
 # encode and decode reverse each number, and nothing else does: the model reads and writes 408 as 8,
 # 0, 4. A carry runs from the ones upward. So each digit of a sum is written when all that it
 # depends on is known. (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters are
@@ -200,8 +198,7 @@ def decode(ids, ones_first=True):
     return reverse_numbers(text) if ones_first else text
 
 ######## Step 3-2: embeddings: what a token is, and where it stands ################################
-#
-# Attention hardly sees the order of tokens, so a model must be told where each of them stands. Most
+# Attention sees the order by its mask alone, so a model must be told where each token stands. Most
 # LLMs number the tokens of a text: 0, 1, 2, 3. We call that number the column. They bring it
 # into attention by RoPE, rotary position embedding (Su et al. 2021, "RoFormer"). Attention asks by
 # a dot product how well a key and a query agree. A key k at column a is turned by a rotation R_a, a
@@ -215,7 +212,7 @@ def decode(ids, ones_first=True):
 # come round again, slow ones tell what is near from what is far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 down to 2 / base."""
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
     angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
     return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
@@ -263,7 +260,7 @@ def find_addresses(ids):
         addresses.append(next_address(addresses[-1], token))
     return addresses
 
-# The model uses addresses in two ways, and both look ahead to the NEXT token, as that one must be
+# The model uses addresses in two ways, each looking ahead to the NEXT token, as that one must be
 # found. First, slot and place have embeddings: those of the next token's address are added to each
 # token's vector. Second, RoPE: a key is turned by the address of its own token, a query by that of
 # the next token. Some pairs turn by the stage, some by the slot, some by the place. To write the 5
@@ -278,7 +275,7 @@ def find_addresses(ids):
 
 def with_gaps(addresses, gap, rng):
     """Number the places of a line anew, for all its numbers alike: each 1 to `largest` above the
-    one before. `largest` is drawn for each line, from 1 (no gaps, as in use) to `gap`.
+    one before. `largest` is drawn for each line, from 1 (no gaps, as when it answers) to `gap`.
     """
     largest = rng.randint(1, gap)
     numbers = [0, 1]                                  # there is no place 0, and place 1 stays 1
@@ -290,7 +287,7 @@ def with_gaps(addresses, gap, rng):
 
 def attention(q, k, v):
     """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
-    attention weights (..., T, S). In training S is T.
+    attention weights (..., T, S). Without a cache S is T.
 
     The score of a query and a key is their dot product: how well they agree. As a sum of D products
     of either sign it grows like sqrt(D), so it is divided by that: with large scores a token would
@@ -346,7 +343,7 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, inner, bias=False)
         self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
         self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))         # used below
-        nn.init.zeros_(self.out.weight)      # a new block changes nothing; this learns first
+        nn.init.zeros_(self.out.weight)      # a new block adds 0; this moves first
 
     def forward(self, x, turns, cache=None):
         q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
@@ -361,9 +358,9 @@ class CausalSelfAttention(nn.Module):
             k, v = torch.cat((cache[0], k), dim=1), torch.cat((cache[1], v), dim=1)
         if cache is not None:
             cache[:] = k, v                                                       # (B, S, H, D)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))                # (B, H, S, D)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))           # (B, H, T or S, D)
         y, weights = attention(q, k, v)                                           # (B, H, T, D)
-        self.weights = None if self.training else weights  # for Step 7-1
+        self.weights = None if self.training else weights  # for Step 7-1, after model.eval()
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
@@ -384,7 +381,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attention = CausalSelfAttention(config)
         self.wide, self.narrow = nn.Linear(C, 3 * C, bias=False), nn.Linear(3 * C, C, bias=False)
-        nn.init.zeros_(self.narrow.weight)            # a new block changes nothing, as above
+        nn.init.zeros_(self.narrow.weight)            # a new block adds 0, as above
 
     def forward(self, x, turns, cache=None):
         x = x + self.attention(self.norm1(x), turns, cache)
@@ -409,7 +406,7 @@ class Config:
     working: bool = True        # learn to write the working; --no-working: the answer alone
     muon: bool = True           # train the matrices with Muon (Step 5-1); --no-muon: all with AdamW
     kinds: str = "add sub mul div expr algebra"      # kinds of problem to learn
-    steps: int = 6000           # optimizer steps
+    steps: int = 7500           # optimizer steps
     batch_tokens: int = 4096    # tokens of a batch, about; a batch is one optimizer step
     lr: float = 0.02            # highest learning rate of Muon
     adam_lr: float = 0.003      # highest learning rate of AdamW
@@ -449,7 +446,7 @@ class TinyLLM(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.output = nn.Linear(config.n_embd, len(VOCAB), bias=False)
         for layer in (self.token, self.place, self.slot, self.output):
-            nn.init.normal_(layer.weight, std=0.02)   # small: so the first logits are, too
+            nn.init.normal_(layer.weight, std=0.02)   # small: small logits at first
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
@@ -475,7 +472,7 @@ class TinyLLM(nn.Module):
     def forward(self, ids, addresses=None, cache=None):
         """ids (B, T) -> logits (B, T, V). addresses (B, T + 1, 4); None: they are counted here.
 
-        cache: a list for each block; then ids are the new tokens after those in it.
+        cache: a list for each block; then ids and addresses are of the tokens after those in it.
         """
         if addresses is None:
             addresses = [find_addresses(row) for row in ids.tolist()]
@@ -487,7 +484,6 @@ class TinyLLM(nn.Module):
         return self.output(self.norm(x))                                            # (B, T, V)
 
 ######## Step 4-1: making the data #################################################################
-#
 # The model learns from lines such as these, one of each kind. They are drawn at random, and worked
 # by rules. (The rules are school arithmetic and stand in the appendix.)
 #     add      48213+51786=99999
@@ -523,7 +519,7 @@ def draw_product(rng, top):
     return f"{draw_number(rng, rng.randint(1, top))}*{draw_number(rng, rng.randint(1, top))}"
 
 def draw_quotient(rng, top):
-    """Three in ten are drawn below 1; half of the others have no remainder."""
+    """Three in ten are fractions below 1; half of the others have no remainder."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, 2)) or 1
     if rng.random() < 0.3:
@@ -657,14 +653,13 @@ class ProblemStream(IterableDataset):
     """
     POOL = 64
 
-    def __init__(self, config, progress, rank=0, n_processes=1):       # of several: see Step 7-5
+    def __init__(self, config, progress):
         self.config, self.progress = config, progress
-        self.rank, self.n_processes = rank, n_processes
 
     def draw_example(self, rng, done):
         kinds = self.config.kinds.split()
         kind = rng.choices(kinds, [KINDS[kind].share for kind in kinds])[0]
-        # Curriculum (Bengio et al. 2009): for nine in ten, sizes open in the first fifth of a run.
+        # Curriculum (Bengio et al. 2009): nine in ten start small, in the first fifth of a run.
         sizes = KINDS[kind].sizes
         n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
         problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
@@ -674,7 +669,8 @@ class ProblemStream(IterableDataset):
 
     def pool(self, n):
         """Pool n: a list of batches."""
-        rng = random.Random(f"{self.config.seed}/{n * self.n_processes + self.rank}")
+        # of several processes (Step 7-5) each has pools of its own
+        rng = random.Random(f"{self.config.seed}/{n * WORLD_SIZE + RANK}")
         done = part_done({**self.progress, "step": n * self.POOL}, self.config)
         examples, n_tokens = [], 0
         while n_tokens < 1.05 * self.POOL * self.config.batch_tokens:          # some are not used
@@ -723,9 +719,9 @@ def orthogonal(matrix):
 
     (Orthogonal means that all are stretched by 1.) Its singular values s say how much it stretches
     along each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7
-    and 1.2, if it was not tiny. Matrix products suffice for that: x stretches by s, x.T leads back
-    by s, and x once more, so x @ x.T @ x has s^3 (Newton-Schulz iteration). You may take this
-    function on trust.
+    and 1.2, if it was not tiny. Matrix products suffice for that: x stretches by s, x.T (back
+    again) by s, and x once more, so x @ x.T @ x has s^3 (Newton-Schulz iteration). You may take
+    this function on trust.
 
     >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
     >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
@@ -733,7 +729,7 @@ def orthogonal(matrix):
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)                                           # no s is above 1
+    x = matrix / (matrix.norm() + 1e-7)    # norm: the root of the sum of squares; no s is above 1
     for _ in range(5):
         # addmm(a, b, c, beta=m, alpha=n) is m a + n b @ c, in one call
         gram = x @ x.T                                                            # (rows, rows)
@@ -756,7 +752,7 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
-                size = max(1, len(p) / p.shape[1]) ** 0.5        # a rule of thumb for tall ones
+                size = max(1, len(p) / p.shape[1]) ** 0.5        # a rule of thumb: more rows
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
 def make_optimizers(model, config):
@@ -792,8 +788,8 @@ def learn(model, optimizers, x, addresses, y):
     return loss.item()
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train until the run is over. batches_of_run (Step 7-5) hands on batches and counts each in
-    `progress` as a step. At every tenth of the run it prints by `report` and saves to `out`.
+    """Train until the run is over. batches_of_run (Step 7-5) hands on what DataLoader yields, and
+    counts steps in `progress`. At every tenth of the run it prints by `report` and saves to `out`.
     """
     losses = []                                       # since the last point of the loss curve
     for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
@@ -803,7 +799,6 @@ def fit(model, optimizers, progress, out, report=None):
         losses.append(learn(model, optimizers, x, addresses, y))
 
 ######## Step 5-3: watching it learn ###############################################################
-#
 # At every tenth of a run a row is printed:
 #
 #       step done   loss tokens/s  min    add    sub    mul    div   expr algebra
@@ -901,7 +896,7 @@ def check(line):
     return answer, answer and set(others) == {first}
 
 def evaluate(model, problems):
-    """Ask problems: how many answers and workings are right, and the lines that are not.
+    """Ask problems: how many answers and workings are right, and the lines with wrong ones.
 
     A model that has learned nothing does not end: it is stopped at twice the longest right line.
     """
@@ -972,7 +967,6 @@ def look(model, line, width=74):
     return "\n".join(rows)
 
 ######## Step 7-2: mathematics as it is printed ####################################################
-#
 # The line is all there is. LaTeX, for papers, and MathML, for browsers, are two views of it.
 
 # Each is a list of replacements, made one after the other; {1|2} is a fraction by then.
@@ -1069,7 +1063,6 @@ def explain(line):
     return words, "this is NOT the right answer"
 
 ######## Step 7-4: the page ########################################################################
-#
 # The same in a browser: one page (PAGE, at the end) that loads nothing from anywhere else.
 
 EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)",
@@ -1262,7 +1255,7 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
     n_tokens, resumed_at = 0, progress["seconds"]
     began = time.perf_counter()
-    for batch in DataLoader(ProblemStream(config, progress, RANK, WORLD_SIZE), batch_size=None):
+    for batch in DataLoader(ProblemStream(config, progress), batch_size=None):
         stop = len(presses)
         if WORLD_SIZE > 1:                            # one clock and one decision for all
             sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
@@ -1377,8 +1370,7 @@ def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = 
     measure(model, {kind: held_out_problems(kind, 500, seed=2) for kind in config.kinds.split()})
     print("Now it answers:", *solve(model, some), sep="\n    ")
     file = shlex.quote(out)
-    problem = "123+456" if config.kinds == "add" else "12*34"
-    print(f'Now try:\n    python tinyllm.py ask --checkpoint {file} "{problem}"')
+    print(f'Now try:\n    python tinyllm.py ask --checkpoint {file} "{some[0]}"')
     print(f"    python tinyllm.py eval --checkpoint {file}")
 
 def measure(model, asked):
@@ -1705,7 +1697,6 @@ def is_true(line):
     return first is not None and set(others) == {first}
 
 ######## Appendix 2: the next stage of the working #################################################
-#
 # A stage is read and written again at the same time. Each operation whose two sides stand there as
 # plain numbers is done, all of them at once; the others are written as they were.
 
@@ -2011,6 +2002,13 @@ def draw_fraction(rng, top, largest=24):
     b = rng.randint(2, max(2, 99 // common))
     return f"{rng.randrange(1, b) * common}/{b * common}"
 
+def draw_primes(rng, top):
+    """A prime of two digits below, and above one of its multiples, or what only ends like it."""
+    prime = rng.choice((11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
+    b = prime * rng.randint(2, 99 // prime)
+    multiple = prime * rng.randint(1, b // prime - 1)
+    return f"{rng.choice((multiple, 10 * rng.randint(0, b // 10) + prime % 10))}/{b}"
+
 def draw_shape(shapes, rng, top):
     """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C
     two digits; m up to `top` digits; M four, if `top` allows; R a round one; T 11 to 19; v, w the
@@ -2028,7 +2026,7 @@ def draw_shape(shapes, rng, top):
 PRACTICE = (                                          # kind, name, share, shapes
     ("mul", "4 by 1 and 2", 0.15, "M*a a*M M*A A*M"),
     ("mul", "round", 0.2, "R*m m*R R*A A*R"),
-    ("div", "small", 0.24, "A/a A/T m/T Aa/B cd/T A/B A/B a/A"),
+    ("div", "small", 0.22, "A/a A/T m/T Aa/B cd/T A/B A/B a/A"),
     ("algebra", "products", 0.08, "(-avsc)(-bvtd) (-avsc)(bvtd) (avsc)(-bvtd) (v+c)(v-c) "
                                   "(v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v)"),
     ("algebra", "large numbers", 0.06, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
@@ -2039,7 +2037,8 @@ for name, shape, share, shapes in PRACTICE:
     KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
 KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
 KINDS["sub"].practice["near"] = 0.45, functools.partial(draw_near, "-")
-KINDS["div"].practice["fractions"] = 0.22, functools.partial(draw_fraction, largest=49)
+KINDS["div"].practice["fractions"] = 0.2, functools.partial(draw_fraction, largest=49)
+KINDS["div"].practice["primes"] = 0.08, draw_primes
 
 def drawn(sign, *lengths):
     """A test of problems: two numbers of at most so many digits, for one of some pairs."""

@@ -343,7 +343,7 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, inner, bias=False)
         self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
         self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))         # used below
-        nn.init.zeros_(self.out.weight)      # a new block adds 0; this moves first
+        nn.init.zeros_(self.out.weight)      # a new block adds 0; this matrix moves first
 
     def forward(self, x, turns, cache=None):
         q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
@@ -446,7 +446,7 @@ class TinyLLM(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.output = nn.Linear(config.n_embd, len(VOCAB), bias=False)
         for layer in (self.token, self.place, self.slot, self.output):
-            nn.init.normal_(layer.weight, std=0.02)   # small: small logits at first
+            nn.init.normal_(layer.weight, std=0.02)   # small: so are the first logits
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
@@ -481,7 +481,7 @@ class TinyLLM(nn.Module):
         turns = self.turns(addresses)                                      # (B, T + 1, 1, D/2)
         for i, block in enumerate(self.blocks):
             x = block(x, turns, cache[i] if cache else None)                      # (B, T, C)
-        return self.output(self.norm(x))                                            # (B, T, V)
+        return self.output(self.norm(x))                                          # (B, T, V)
 
 ######## Step 4-1: making the data #################################################################
 # The model learns from lines such as these, one of each kind. They are drawn at random, and worked
@@ -519,7 +519,7 @@ def draw_product(rng, top):
     return f"{draw_number(rng, rng.randint(1, top))}*{draw_number(rng, rng.randint(1, top))}"
 
 def draw_quotient(rng, top):
-    """Three in ten are fractions below 1; half of the others have no remainder."""
+    """Three in ten, or more, are fractions below 1; half of the others have no remainder."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, 2)) or 1
     if rng.random() < 0.3:
@@ -752,7 +752,7 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
-                size = max(1, len(p) / p.shape[1]) ** 0.5        # a rule of thumb: more rows
+                size = max(1, len(p) / p.shape[1]) ** 0.5        # longer steps for tall ones
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
 def make_optimizers(model, config):

@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory):
     tinyllm.save_checkpoint(path, small_model(block_size=64))
     return path
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     """The tests never see the folder in which they were started: a trained model may lie there."""
     os.environ["TEST_FOLDER"] = str(tmp_path_factory.mktemp("folder"))

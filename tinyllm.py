@@ -198,8 +198,8 @@ def decode(ids, ones_first=True):
     return reverse_numbers(text) if ones_first else text
 
 ######## Step 3-2: embeddings: what a token is, and where it stands ################################
-# Attention sees the order by its mask alone, so a model must be told where each token stands. Most
-# LLMs number the tokens of a text: 0, 1, 2, 3. We call that number the column. They bring it
+# Attention by itself sees order by its mask alone, so a model must be told where each token stands.
+# Most LLMs number the tokens of a text: 0, 1, 2, 3. We call that number the column. They bring it
 # into attention by RoPE, rotary position embedding (Su et al. 2021, "RoFormer"). Attention asks by
 # a dot product how well a key and a query agree. A key k at column a is turned by a rotation R_a, a
 # query q at column b by R_b. Turning both back by R_a changes neither lengths nor the angle, so
@@ -752,7 +752,7 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
-                size = max(1, len(p) / p.shape[1]) ** 0.5        # longer steps for tall ones
+                size = max(1, len(p) / p.shape[1]) ** 0.5        # more rows: longer steps
                 p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
 
 def make_optimizers(model, config):

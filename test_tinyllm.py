@@ -5,9 +5,12 @@ it fails.
     TINYLLM_SLOW=1 python -m pytest     also the long tests
 """
 
+import copy
 import dataclasses
 import doctest
+import functools
 import http.client
+import itertools
 import json
 import math
 import os
@@ -31,6 +34,7 @@ import tinyllm                                       # before torch: it sets how
 import torch
 import torch.nn.functional as F
 from tinyllm import Config, InputError, TinyLLM, decode, encode
+from torch.utils.data import DataLoader
 
 tinyllm.N_PROBLEMS = 3                              # its rows are not what most tests look at
 HERE = Path(__file__).parent
@@ -58,8 +62,8 @@ def lines(kind, count, seed=0):
 
 def batches(config, count, step=0):
     """The first batches of a run, or those from a later step on."""
-    stream = iter(tinyllm.ProblemStream(config, {**tinyllm.new_progress(), "step": step}))
-    return [next(stream) for _ in range(count)]
+    stream = tinyllm.stream_batches(config, {**tinyllm.new_progress(), "step": step}, torch.device("cpu"))
+    return list(itertools.islice(stream, count))
 
 def train(config, path, progress=None, model=None, optimizers=None, report=lambda text: None):
     """A run whose rows go to `report`: a new one, or one that goes on."""
@@ -296,6 +300,13 @@ def test_the_stream_can_start_anywhere():
     other = batches(dataclasses.replace(config, seed=1), 1, step=69)[0]
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
     assert expected[0].shape != other[0].shape or not torch.equal(expected[0], other[0])
+
+def test_any_number_of_workers_gives_the_same_pools():
+    """Processes that make the data hand on the same pools in the same order as one; so the run is the same."""
+    stream = tinyllm.ProblemStream(Config(batch_tokens=128), tinyllm.new_progress())
+    alone, together = (itertools.islice(DataLoader(stream, batch_size=None, num_workers=n), 5) for n in (0, 2))
+    for batch, other in zip(itertools.chain.from_iterable(alone), itertools.chain.from_iterable(together), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
 
 ######## Step 5: training ########
 
@@ -547,6 +558,37 @@ def test_torchrun_from_the_command_line(tmp_path):
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stdout.count("Before training") == 1, done.stderr
     assert tinyllm.load_checkpoint(path)[1]["progress"]["step"] == 10
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"))]
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_recorded_step_is_the_plain_step(device, monkeypatch):
+    """30 steps as a GPU takes them, on lines of all lengths and at rates that change: the same losses to rounding (in
+    float32, which rounds less), also when the optimizers go on from what was saved."""
+    monkeypatch.setattr(tinyllm, "has_fast_bfloat16", lambda device: False)
+    config = Config(**SMALL, batch_tokens=512)
+
+    def run(make_step, saved):
+        torch.manual_seed(0)
+        model = TinyLLM(config).to(device)
+        optimizers = tinyllm.make_optimizers(model, config)
+        for optimizer, state in zip(optimizers, copy.deepcopy(saved)):       # what is loaded is changed in place
+            optimizer.load_state_dict(state)
+        step, losses = make_step(model, optimizers), []
+        for i, batch in enumerate(batches(config, 30)):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 + i / 30)
+            losses.append(step(*(tensor[i % 3:].to(device) for tensor in batch)).item())         # not all rows
+        tinyllm.save_checkpoint("model.pt", model, optimizers)
+        return losses, torch.load("model.pt", map_location="cpu")["optimizers"]
+
+    plain = functools.partial(functools.partial, tinyllm.learn)
+    losses, saved = run(plain, [])
+    again, same = run(tinyllm.RecordedStep, [])
+    assert losses == pytest.approx(again, rel=1e-3) and losses[29] < 0.95 * losses[0]
+    assert [state["param_groups"] for state in saved] == [state["param_groups"] for state in same]
+    assert run(plain, saved)[0] == pytest.approx(run(tinyllm.RecordedStep, saved)[0], rel=1e-3)
+    os.remove("model.pt")
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 def test_a_gpu_gives_the_same_answers(tmp_path):

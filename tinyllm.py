@@ -42,6 +42,7 @@ Glossary, to come back to when a name is new, each with an example:
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import random
@@ -59,7 +60,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads soon sleep, 
 import torch                                                                      # noqa: E402
 import torch.nn as nn                                                             # noqa: E402
 import torch.nn.functional as F                                                   # noqa: E402
-from torch.utils.data import DataLoader, IterableDataset                          # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info         # noqa: E402
 
 ######## Step 1: PyTorch in five facts #############################################################
 
@@ -643,13 +644,14 @@ def part_done(progress, config):
     return min(1.0, progress["step"] / config.steps)
 
 class ProblemStream(IterableDataset):
-    """Endless batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
+    """Endless pools of batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
 
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
     up at the right, where no token of theirs looks and y is -100: that is padding, and wasted work.
     So a pool of 64 batches is drawn and sorted by length first. In a run of a set number of steps,
     pool n depends on n and the seed alone, so that a run that was stopped goes on as it would have.
-    PyTorch's DataLoader calls __iter__ and hands on what it yields.
+    PyTorch's DataLoader calls __iter__ and hands on the pools that it yields. It may do so in
+    several processes (workers): each of n makes every n-th pool, so their order stays the same.
     """
     POOL = 64
 
@@ -690,10 +692,10 @@ class ProblemStream(IterableDataset):
         return batches[:self.POOL]
 
     def __iter__(self):
-        n, skip = divmod(self.progress["step"], self.POOL)
-        while True:
-            yield from self.pool(n)[skip:]
-            n, skip = n + 1, 0
+        worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        for n in itertools.count(self.progress["step"] // self.POOL + first, every):
+            yield self.pool(n)
 
 ######## Step 5-1: the loss and the optimizers #####################################################
 
@@ -753,7 +755,8 @@ class Muon(torch.optim.Optimizer):
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
                 size = max(1, len(p) / p.shape[1]) ** 0.5        # more rows: longer steps
-                p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
+                rate = torch.as_tensor(-group["lr"] * size, device=p.device)
+                p.addcmul_(orthogonal(ahead), rate)              # p + rate * orthogonal(ahead)
 
 def make_optimizers(model, config):
     """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, gains, output."""
@@ -785,18 +788,19 @@ def learn(model, optimizers, x, addresses, y):
     loss.backward()                                   # the gradient of the loss for every weight
     for optimizer in optimizers:
         optimizer.step()                              # every weight moves a little against it
-    return loss.item()
+    return loss.detach()                              # without its record
 
 def fit(model, optimizers, progress, out, report=None):
     """Train until the run is over. batches_of_run (Step 7-5) hands on what DataLoader yields, and
     counts steps in `progress`. At every tenth of the run it prints by `report` and saves to `out`.
     """
     losses = []                                       # since the last point of the loss curve
+    step = fastest_step(model, optimizers)            # learn; on a GPU a recording of it (Step 7-6)
     for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
         factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
         for optimizer in optimizers:                  # defaults: what it was made with
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
-        losses.append(learn(model, optimizers, x, addresses, y))
+        losses.append(step(x, addresses, y))
 
 ######## Step 5-3: watching it learn ###############################################################
 # At every tenth of a run a row is printed:
@@ -1255,7 +1259,7 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
     n_tokens, resumed_at = 0, progress["seconds"]
     began = time.perf_counter()
-    for batch in DataLoader(ProblemStream(config, progress), batch_size=None):
+    for batch in stream_batches(config, progress, device):
         stop = len(presses)
         if WORLD_SIZE > 1:                            # one clock and one decision for all
             sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
@@ -1271,7 +1275,7 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         n_tokens += batch[0].numel()
         done = part_done(progress, config)
         if report and int(100 * done) > int(100 * before):
-            loss, minutes = sum(losses) / len(losses), progress["seconds"] / 60
+            loss, minutes = sum(loss.item() for loss in losses) / len(losses), progress["seconds"] / 60
             losses.clear()
             point = {"step": progress["step"], "seconds": progress["seconds"], "loss": loss}
             progress["history"].append(point)
@@ -1297,7 +1301,88 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
                                 + shlex.quote(out))
     signal.signal(signal.SIGINT, previous)
 
-######## Step 7-6: the commands ####################################################################
+######## Step 7-6: on a GPU ########################################################################
+# A GPU computes a step faster than Python can name its parts. So a step is recorded once for each
+# length T of lines, as a CUDA graph, and replayed with other numbers in the same memory; and other
+# processes make the data.
+
+class RecordedStep:
+    """`learn` on a GPU: step(x, addresses, y) -> the loss. (On a CPU, for the tests: all of it but
+    the recording.) The learning rates are tensors, so that a replay reads new ones.
+    """
+
+    def __init__(self, model, optimizers):
+        self.model, self.optimizers = model, optimizers
+        self.device = model.output.weight.device
+        self.rates = [torch.zeros((), device=self.device) for _ in optimizers]
+        self.n_warm, self.recorded, self.memory = 0, {}, None
+        for optimizer in optimizers:                  # AdamW's count of steps, of a resumed run
+            for state in optimizer.state.values():
+                state.update({name: tensor.to(self.device) for name, tensor in state.items()})
+
+    def learn(self, *batch):
+        groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
+        changes = {"capturable": self.device.type == "cuda"}
+        for optimizer, group, rate in zip(self.optimizers, groups, self.rates):
+            optimizer.param_groups[0] = {**group, "lr": rate, **changes}
+        loss = learn(self.model, self.optimizers, *batch)
+        for optimizer, group in zip(self.optimizers, groups):
+            optimizer.param_groups[0] = group
+        return loss
+
+    def record(self, T):
+        """-> the recording (None on a CPU), its batch, which is a whole one, and its loss."""
+        rows = max(1, self.model.config.batch_tokens // T)
+        batch = [torch.zeros(shape, dtype=torch.long, device=self.device)
+                 for shape in ((rows, T), (rows, T + 1, 4), (rows, T))]
+        if self.device.type != "cuda":
+            return None, batch, None
+        self.model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):          # nothing is computed in here
+            loss = self.learn(*batch)
+        self.memory = graph.pool()
+        return graph, batch, loss
+
+    def __call__(self, x, addresses, y):
+        for optimizer, rate in zip(self.optimizers, self.rates):
+            rate.fill_(optimizer.param_groups[0]["lr"])
+        if self.device.type == "cuda" and self.n_warm < 3:       # as PyTorch asks for
+            self.n_warm += 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss = self.learn(x, addresses, y)
+            torch.cuda.current_stream().wait_stream(stream)
+            return loss
+        B, T = x.shape
+        if T not in self.recorded:
+            self.recorded[T] = self.record(T)
+        graph, batch, loss = self.recorded[T]
+        for held, new in zip(batch, (x, addresses, y)):
+            held[:B] = new
+        batch[2][B:] = -100                           # rows that are left over do not count
+        if graph is None:
+            return self.learn(*batch)
+        graph.replay()
+        return loss.clone()
+
+def fastest_step(model, optimizers):
+    """A function step(x, addresses, y) -> the loss."""
+    is_alone = WORLD_SIZE == 1 and model.output.weight.device.type == "cuda"
+    return RecordedStep(model, optimizers) if is_alone else functools.partial(learn, model, optimizers)
+
+def stream_batches(config, progress, device):
+    """The batches of a run, from its step on. For a GPU they are made by 8 processes, unless what
+    is drawn depends on the time.
+    """
+    n_workers = 8 if device.type == "cuda" and not progress["minutes"] else 0
+    torch.multiprocessing.set_sharing_strategy("file_system")    # the other runs out of open files
+    pools = DataLoader(ProblemStream(config, progress), batch_size=None, num_workers=n_workers)
+    skip = progress["step"] % ProblemStream.POOL
+    return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
+
+######## Step 7-7: the commands ####################################################################
 
 def check_config(config):
     """Raises InputError for numbers that cannot work."""

@@ -60,7 +60,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads soon sleep, 
 import torch                                                                      # noqa: E402
 import torch.nn as nn                                                             # noqa: E402
 import torch.nn.functional as F                                                   # noqa: E402
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info         # noqa: E402
+from torch.utils.data import DataLoader, Dataset                                  # noqa: E402
 
 ######## Step 1: PyTorch in five facts #############################################################
 
@@ -372,8 +372,7 @@ class Block(nn.Module):
     could do no more than one: a product of matrices is a matrix. The 3 C numbers in the middle
     detect things, such as "a 9 and a carry". LayerNorm brings each token's vector to mean 0 and
     spread 1, then applies a learned scale and shift to each of its numbers. So a layer reads
-    numbers of one size, however much the blocks before it have added. It stands before each part
-    (pre-norm, Xiong et al. 2020).
+    numbers of one size, however much was added before. (Pre-norm, Xiong et al. 2020.)
     """
 
     def __init__(self, config):
@@ -643,15 +642,13 @@ def part_done(progress, config):
         return min(1.0, progress["seconds"] / 60 / progress["minutes"])
     return min(1.0, progress["step"] / config.steps)
 
-class ProblemStream(IterableDataset):
-    """Endless pools of batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
+class ProblemPools(Dataset):
+    """pools[n] is pool n, a list of batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
 
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
     up at the right, where no token of theirs looks and y is -100: that is padding, and wasted work.
     So a pool of 64 batches is drawn and sorted by length first. In a run of a set number of steps,
     pool n depends on n and the seed alone, so that a run that was stopped goes on as it would have.
-    PyTorch's DataLoader calls __iter__ and hands on the pools that it yields. It may do so in
-    several processes (workers): each of n makes every n-th pool, so their order stays the same.
     """
     POOL = 64
 
@@ -669,8 +666,7 @@ class ProblemStream(IterableDataset):
         x, y = to_example(line, self.config.ones_first)
         return x, with_gaps(find_addresses(x), self.config.gap, rng), y
 
-    def pool(self, n):
-        """Pool n: a list of batches."""
+    def __getitem__(self, n):
         # of several processes (Step 7-5) each has pools of its own
         rng = random.Random(f"{self.config.seed}/{n * WORLD_SIZE + RANK}")
         done = part_done({**self.progress, "step": n * self.POOL}, self.config)
@@ -691,11 +687,14 @@ class ProblemStream(IterableDataset):
         rng.shuffle(batches)
         return batches[:self.POOL]
 
-    def __iter__(self):
-        worker = get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        for n in itertools.count(self.progress["step"] // self.POOL + first, every):
-            yield self.pool(n)
+def stream_batches(config, progress, n_workers=0):
+    """The batches of a run, from its step on. PyTorch's DataLoader asks for pool after pool; of
+    n_workers processes, if there are any, each makes another pool, and their order stays the same.
+    """
+    first, skip = divmod(progress["step"], ProblemPools.POOL)
+    pools = DataLoader(ProblemPools(config, progress), batch_size=None,
+                       sampler=itertools.count(first), num_workers=n_workers)
+    return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
 
 ######## Step 5-1: the loss and the optimizers #####################################################
 
@@ -791,7 +790,7 @@ def learn(model, optimizers, x, addresses, y):
     return loss.detach()                              # without its record
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train until the run is over. batches_of_run (Step 7-5) hands on what DataLoader yields, and
+    """Train until the run is over. batches_of_run (Step 7-5) hands on the stream of batches, and
     counts steps in `progress`. At every tenth of the run it prints by `report` and saves to `out`.
     """
     losses = []                                       # since the last point of the loss curve
@@ -924,7 +923,6 @@ def evaluate(model, problems):
 import argparse                                                                   # noqa: E402
 import ast                                                                        # noqa: E402
 import contextlib                                                                 # noqa: E402
-import http                                                                       # noqa: E402
 import inspect                                                                    # noqa: E402
 import json                                                                       # noqa: E402
 import secrets                                                                    # noqa: E402
@@ -971,9 +969,9 @@ def look(model, line, width=74):
     return "\n".join(rows)
 
 ######## Step 7-2: mathematics as it is printed ####################################################
-# The line is all there is. LaTeX, for papers, and MathML, for browsers, are two views of it.
+# LaTeX, for papers, and MathML, for browsers, are two views of a line. Each is a list of
+# replacements, made one after the other; {1|2} is a fraction by then.
 
-# Each is a list of replacements, made one after the other; {1|2} is a fraction by then.
 LATEX = [("{", r"\\frac{"), (r"\|", "}{"), (r"\*", r" \\times "), ("/", r" \\div "),
          ("\u00b2", "^{2}")]
 MATHML = [("/", "\u00f7"), (r"\*", "\u00d7"), ("-", "\u2212"), ("[0-9]+", r"<mn>\g<0></mn>"),
@@ -1157,7 +1155,7 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         kind = "text/html" if text.startswith("<") else "application/json"
         nonce = secrets.token_urlsafe(16)
         headers = {"Content-Type": f"{kind}; charset=utf-8", **HEADERS}
-        start(f"{status} {http.HTTPStatus(status).phrase}",
+        start(f"{status} {'OK' if status == 200 else 'Refused'}",
               [(name, value.replace("NONCE", nonce)) for name, value in headers.items()])
         return [text.replace("NONCE", nonce).encode("utf-8")]
 
@@ -1257,9 +1255,12 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     if report:
         asked = {kind: held_out_problems(kind, N_PROBLEMS) for kind in config.kinds.split()}
         report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
+    # processes of their own make the data for a GPU, unless what is drawn depends on the time
+    n_workers = 8 if device.type == "cuda" and not progress["minutes"] else 0
+    torch.multiprocessing.set_sharing_strategy("file_system")    # the other runs out of open files
     n_tokens, resumed_at = 0, progress["seconds"]
     began = time.perf_counter()
-    for batch in stream_batches(config, progress, device):
+    for batch in stream_batches(config, progress, n_workers):
         stop = len(presses)
         if WORLD_SIZE > 1:                            # one clock and one decision for all
             sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
@@ -1275,7 +1276,8 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         n_tokens += batch[0].numel()
         done = part_done(progress, config)
         if report and int(100 * done) > int(100 * before):
-            loss, minutes = sum(loss.item() for loss in losses) / len(losses), progress["seconds"] / 60
+            loss = sum(tensor.item() for tensor in losses) / len(losses)
+            minutes = progress["seconds"] / 60
             losses.clear()
             point = {"step": progress["step"], "seconds": progress["seconds"], "loss": loss}
             progress["history"].append(point)
@@ -1303,84 +1305,65 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
 
 ######## Step 7-6: on a GPU ########################################################################
 # A GPU computes a step faster than Python can name its parts. So a step is recorded once for each
-# length T of lines, as a CUDA graph, and replayed with other numbers in the same memory; and other
-# processes make the data.
+# length T of lines, as a CUDA graph, and replayed with other numbers in the same memory.
 
 class RecordedStep:
-    """`learn` on a GPU: step(x, addresses, y) -> the loss. (On a CPU, for the tests: all of it but
-    the recording.) The learning rates are tensors, so that a replay reads new ones.
+    """`learn` for a GPU: step(x, addresses, y) -> the loss. On a CPU, for tests, it does all but
+    the recording. The learning rates are in tensors, which each replay reads anew.
     """
 
     def __init__(self, model, optimizers):
-        self.model, self.optimizers = model, optimizers
-        self.device = model.output.weight.device
-        self.rates = [torch.zeros((), device=self.device) for _ in optimizers]
-        self.n_warm, self.recorded, self.memory = 0, {}, None
-        for optimizer in optimizers:                  # AdamW's count of steps, of a resumed run
+        device = model.output.weight.device
+        self.model, self.optimizers, self.on_gpu = model, optimizers, device.type == "cuda"
+        self.rates = [torch.zeros((), device=device) for _ in optimizers]
+        self.n_steps, self.held, self.graphs, self.pool = 0, {}, {}, None
+        for optimizer in optimizers:                  # AdamW's count of steps, if a run is resumed
             for state in optimizer.state.values():
-                state.update({name: tensor.to(self.device) for name, tensor in state.items()})
+                state.update({name: tensor.to(device) for name, tensor in state.items()})
 
-    def learn(self, *batch):
+    def learn(self, batch):
         groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
-        changes = {"capturable": self.device.type == "cuda"}
         for optimizer, group, rate in zip(self.optimizers, groups, self.rates):
-            optimizer.param_groups[0] = {**group, "lr": rate, **changes}
+            optimizer.param_groups[0] = {**group, "lr": rate, "capturable": self.on_gpu}
         loss = learn(self.model, self.optimizers, *batch)
         for optimizer, group in zip(self.optimizers, groups):
             optimizer.param_groups[0] = group
         return loss
 
-    def record(self, T):
-        """-> the recording (None on a CPU), its batch, which is a whole one, and its loss."""
-        rows = max(1, self.model.config.batch_tokens // T)
-        batch = [torch.zeros(shape, dtype=torch.long, device=self.device)
-                 for shape in ((rows, T), (rows, T + 1, 4), (rows, T))]
-        if self.device.type != "cuda":
-            return None, batch, None
-        self.model.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):          # nothing is computed in here
-            loss = self.learn(*batch)
-        self.memory = graph.pool()
-        return graph, batch, loss
-
-    def __call__(self, x, addresses, y):
+    def __call__(self, *batch):
         for optimizer, rate in zip(self.optimizers, self.rates):
             rate.fill_(optimizer.param_groups[0]["lr"])
-        if self.device.type == "cuda" and self.n_warm < 3:       # as PyTorch asks for
-            self.n_warm += 1
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                loss = self.learn(x, addresses, y)
-            torch.cuda.current_stream().wait_stream(stream)
+        B, T = batch[0].shape
+        if T not in self.held:                        # room for a whole batch
+            rows = max(1, self.model.config.batch_tokens // T)
+            self.held[T] = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in batch]
+        held = self.held[T]
+        for room, tensor in zip(held, batch):
+            room[:B] = tensor
+        held[2][B:] = -100                            # rows that are left over do not count
+        self.n_steps += 1
+        if not self.on_gpu:
+            return self.learn(held)
+        if self.n_steps <= 3:                         # as PyTorch asks before a recording
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                loss = self.learn(held)
+            torch.cuda.synchronize()
             return loss
-        B, T = x.shape
-        if T not in self.recorded:
-            self.recorded[T] = self.record(T)
-        graph, batch, loss = self.recorded[T]
-        for held, new in zip(batch, (x, addresses, y)):
-            held[:B] = new
-        batch[2][B:] = -100                           # rows that are left over do not count
-        if graph is None:
-            return self.learn(*batch)
+        if T not in self.graphs:
+            self.model.zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):        # nothing is computed in here
+                loss = self.learn(held)
+            self.pool, self.graphs[T] = graph.pool(), (graph, loss)
+        graph, loss = self.graphs[T]
         graph.replay()
         return loss.clone()
 
 def fastest_step(model, optimizers):
-    """A function step(x, addresses, y) -> the loss."""
-    is_alone = WORLD_SIZE == 1 and model.output.weight.device.type == "cuda"
-    return RecordedStep(model, optimizers) if is_alone else functools.partial(learn, model, optimizers)
-
-def stream_batches(config, progress, device):
-    """The batches of a run, from its step on. For a GPU they are made by 8 processes, unless what
-    is drawn depends on the time.
-    """
-    n_workers = 8 if device.type == "cuda" and not progress["minutes"] else 0
-    torch.multiprocessing.set_sharing_strategy("file_system")    # the other runs out of open files
-    pools = DataLoader(ProblemStream(config, progress), batch_size=None, num_workers=n_workers)
-    skip = progress["step"] % ProblemStream.POOL
-    return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
+    if model.output.weight.device.type == "cuda" and WORLD_SIZE == 1:
+        return RecordedStep(model, optimizers)
+    return functools.partial(learn, model, optimizers)
 
 ######## Step 7-7: the commands ####################################################################
 

@@ -100,7 +100,7 @@ def five_facts():
     tensor(7.)
 
     Fact 4. A network is a class, an nn.Module. What its __init__ assigns to self, layers or
-    Parameters, holds the weights: random numbers at first, which are learned. You write its
+    Parameters, holds the weights, which are learned: mostly random numbers at first. You write its
     forward(x); module(x) calls it. Two layers do most of the work:
 
     >>> layer = nn.Linear(3, 2, bias=False)           # y = x W^T, with W of shape (2, 3)
@@ -199,7 +199,7 @@ def decode(ids, ones_first=True):
     return reverse_numbers(text) if ones_first else text
 
 ######## Step 3-2: embeddings: what a token is, and where it stands ################################
-# Attention by itself sees order by its mask alone, so a model must be told where each token stands.
+# Attention sees order by its mask alone (what is hidden), so it must be told where tokens stand.
 # Most LLMs number the tokens of a text: 0, 1, 2, 3. We call that number the column. They bring it
 # into attention by RoPE, rotary position embedding (Su et al. 2021, "RoFormer"). Attention asks by
 # a dot product how well a key and a query agree. A key k at column a is turned by a rotation R_a, a
@@ -261,7 +261,7 @@ def find_addresses(ids):
         addresses.append(next_address(addresses[-1], token))
     return addresses
 
-# The model uses addresses in two ways, each looking ahead to the NEXT token, as that one must be
+# The model uses addresses in two ways, both looking ahead to the NEXT token, as that one must be
 # found. First, slot and place have embeddings: those of the next token's address are added to each
 # token's vector. Second, RoPE: a key is turned by the address of its own token, a query by that of
 # the next token. Some pairs turn by the stage, some by the slot, some by the place. To write the 5
@@ -279,10 +279,10 @@ def with_gaps(addresses, gap, rng):
     one before. `largest` is drawn for each line, from 1 (no gaps, as when it answers) to `gap`.
     """
     largest = rng.randint(1, gap)
-    numbers = [0, 1]                                  # there is no place 0, and place 1 stays 1
+    new = [0, 1]                                      # there is no place 0, and place 1 stays 1
     for _ in range(max(place for *_, place in addresses)):
-        numbers.append(numbers[-1] + rng.randint(1, largest))
-    return [(column, stage, slot, numbers[place]) for column, stage, slot, place in addresses]
+        new.append(new[-1] + rng.randint(1, largest))
+    return [(column, stage, slot, new[place]) for column, stage, slot, place in addresses]
 
 ######## Step 3-3: attention, MLP, block ###########################################################
 
@@ -344,7 +344,7 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, inner, bias=False)
         self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
         self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))         # used below
-        nn.init.zeros_(self.out.weight)      # a new block adds 0; this matrix moves first
+        nn.init.zeros_(self.out.weight)               # a new block adds 0
 
     def forward(self, x, turns, cache=None):
         q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
@@ -355,13 +355,13 @@ class CausalSelfAttention(nn.Module):
         # looks is then one learned number, its gain.
         q = self.gain * rotate(F.layer_norm(q, q.shape[-1:]), turns[:, 1:])       # next address
         k = rotate(F.layer_norm(k, k.shape[-1:]), turns[:, :-1])                  # own address
-        if cache:
+        if cache:                                     # not empty
             k, v = torch.cat((cache[0], k), dim=1), torch.cat((cache[1], v), dim=1)
         if cache is not None:
             cache[:] = k, v                                                       # (B, S, H, D)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))           # (B, H, T or S, D)
         y, weights = attention(q, k, v)                                           # (B, H, T, D)
-        self.weights = None if self.training else weights  # for Step 7-1, after model.eval()
+        self.weights = None if self.training else weights  # training: until model.eval()
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
@@ -574,15 +574,15 @@ def is_held_out(problem):
     return zlib.crc32(" ".join(parts).encode("utf-8")) % 10 == 0
 
 def draw_problem(kind, rng, held_out, top=None):
-    """Draw a problem of a kind, no larger than top. Training also draws what is hard, from
+    """Draw a problem of a kind, of about size top or less. Training also draws what is hard, from
     kind.practice, as a pupil practises it; what is held out comes from kind.draw alone.
     """
-    kind = KINDS[kind]
-    practice = [] if held_out else list(kind.practice.values())
-    draws = [kind.draw] + [draw for _, draw in practice]
+    of_kind = KINDS[kind]
+    practice = [] if held_out else list(of_kind.practice.values())
+    draws = [of_kind.draw] + [draw for _, draw in practice]
     shares = [1 - sum(share for share, _ in practice)] + [share for share, _ in practice]
     while True:
-        problem = rng.choices(draws, shares)[0](rng, top or kind.sizes[-1])
+        problem = rng.choices(draws, shares)[0](rng, top or of_kind.sizes[-1])
         if is_held_out(problem) == held_out:
             return problem
 
@@ -648,7 +648,7 @@ class ProblemPools(Dataset):
     The rows of a batch are computed together, so they must be equally long. Short lines are filled
     up at the right, where no token of theirs looks and y is -100: that is padding, and wasted work.
     So a pool of 64 batches is drawn and sorted by length first. In a run of a set number of steps,
-    pool n depends on n and the seed alone, so that a run that was stopped goes on as it would have.
+    pool n depends on n and config alone, so that a run that was stopped goes on as it would have.
     """
     POOL = 64
 
@@ -657,8 +657,8 @@ class ProblemPools(Dataset):
 
     def draw_example(self, rng, done):
         kinds = self.config.kinds.split()
-        kind = rng.choices(kinds, [KINDS[kind].share for kind in kinds])[0]
-        # Curriculum (Bengio et al. 2009): nine in ten start small, in the first fifth of a run.
+        kind = rng.choices(kinds, [KINDS[name].share for name in kinds])[0]
+        # Curriculum (Bengio et al. 2009): in the first fifth of a run, nine in ten are small at first
         sizes = KINDS[kind].sizes
         n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
         problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
@@ -667,7 +667,7 @@ class ProblemPools(Dataset):
         return x, with_gaps(find_addresses(x), self.config.gap, rng), y
 
     def __getitem__(self, n):
-        # of several processes (Step 7-5) each has pools of its own
+        # several GPUs (torchrun, Step 7-5): each trains on pools of its own
         rng = random.Random(f"{self.config.seed}/{n * WORLD_SIZE + RANK}")
         done = part_done({**self.progress, "step": n * self.POOL}, self.config)
         examples, n_tokens = [], 0
@@ -677,7 +677,7 @@ class ProblemPools(Dataset):
         examples.sort(key=lambda example: len(example[0]), reverse=True)
         batches = []
         while examples:
-            T = math.ceil(len(examples[0][0]) / 4) * 4           # few different lengths are faster
+            T = math.ceil(len(examples[0][0]) / 4) * 4           # a multiple of 4: fewer shapes
             rows = examples[:max(1, self.config.batch_tokens // T)]
             examples = examples[len(rows):]
             xs = [x + [END] * (T - len(x)) for x, _, _ in rows]
@@ -688,11 +688,11 @@ class ProblemPools(Dataset):
         return batches[:self.POOL]
 
 def stream_batches(config, progress, n_workers=0):
-    """The batches of a run, from its step on. PyTorch's DataLoader asks for pool after pool; of
-    n_workers processes, if there are any, each makes another pool, and their order stays the same.
+    """The batches of a run, from progress["step"] on. PyTorch's DataLoader asks for pools[first],
+    pools[first + 1] ... and may have n_workers helper processes make them, in the same order.
     """
     first, skip = divmod(progress["step"], ProblemPools.POOL)
-    pools = DataLoader(ProblemPools(config, progress), batch_size=None,
+    pools = DataLoader(ProblemPools(config, progress), batch_size=None,          # a pool as it is
                        sampler=itertools.count(first), num_workers=n_workers)
     return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
 
@@ -712,8 +712,8 @@ def loss_of(model, x, addresses, y):
 # of no use fades away.
 #
 # Muon (Jordan et al. 2024) is for matrices. A matrix stretches space along certain directions, and
-# so does its gradient, which is a matrix, too: it is strong in the few that most examples ask for.
-# Muon makes the step equally strong in all directions, for what is rare must be learned, too.
+# so does its gradient, a matrix, too: it is strong along the few that most examples ask for. Muon
+# makes the step equally strong along all, for what is rare must be learned, too.
 
 def orthogonal(matrix):
     """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
@@ -725,8 +725,8 @@ def orthogonal(matrix):
     this function on trust.
 
     >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
-    >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(matrix)).tolist()]
-    [1.1, 0.7]
+    >>> [round(s, 1) for s in orthogonal(matrix).diagonal().tolist()]
+    [0.7, 1.1]
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonal(matrix.T).T
@@ -753,8 +753,8 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
                 ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
                 p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
-                size = max(1, len(p) / p.shape[1]) ** 0.5        # more rows: longer steps
-                rate = torch.as_tensor(-group["lr"] * size, device=p.device)
+                size = max(1, len(p) / p.shape[1]) ** 0.5        # more rows than columns: longer
+                rate = torch.as_tensor(-group["lr"] * size, device=p.device)     # for Step 7-6
                 p.addcmul_(orthogonal(ahead), rate)              # p + rate * orthogonal(ahead)
 
 def make_optimizers(model, config):
@@ -790,11 +790,12 @@ def learn(model, optimizers, x, addresses, y):
     return loss.detach()                              # without its record
 
 def fit(model, optimizers, progress, out, report=None):
-    """Train until the run is over. batches_of_run (Step 7-5) hands on the stream of batches, and
-    counts steps in `progress`. At every tenth of the run it prints by `report` and saves to `out`.
+    """Train until the run is over. batches_of_run (Step 7-5) takes batches from stream_batches and
+    counts each in `progress` when it is learned. At every hundredth of the run it empties `losses`;
+    at every tenth it prints a row by `report` and saves to `out`.
     """
-    losses = []                                       # since the last point of the loss curve
-    step = fastest_step(model, optimizers)            # learn; on a GPU a recording of it (Step 7-6)
+    losses = []
+    step = fastest_step(model, optimizers)            # learn; on a GPU a faster form (Step 7-6)
     for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
         factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
         for optimizer in optimizers:                  # defaults: what it was made with

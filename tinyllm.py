@@ -658,7 +658,7 @@ class ProblemPools(Dataset):
     def draw_example(self, rng, done):
         kinds = self.config.kinds.split()
         kind = rng.choices(kinds, [KINDS[name].share for name in kinds])[0]
-        # Curriculum (Bengio et al. 2009): in the first fifth of a run, nine in ten are small at first
+        # Curriculum (Bengio et al. 2009): in the first fifth of a run nine in ten start small
         sizes = KINDS[kind].sizes
         n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
         problem = draw_problem(kind, rng, False, sizes[:n_open][-1])

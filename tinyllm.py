@@ -32,7 +32,7 @@ Glossary, to come back to when a name is new, each with an example:
     problem    "345*7"                     what is asked; it has no "=" in it
     line       "345*7=2100+315=2415"       the problem and its working
     stage      "2100+315"                  a part of a line, cut at "="; the last is the answer
-    kind       "mul"                       add, sub, mul, div, expr (brackets), algebra (letters)
+    kind       "mul"                       add, sub, mul, div, expr (longer), algebra (letters)
     ids        [8, 11, 9, 17]              a text as numbers, one for each token: "7+8="
     B, T, C    128, 32, 128                rows of a batch, tokens of a row, numbers for each token
     H, D       6, 32                       attention heads, and numbers for each token in a head
@@ -79,7 +79,7 @@ def five_facts():
             [14.,  5.,  6.]])
     >>> (a * torch.ones(2, 1)).shape                  # and an axis of size 1 is repeated
     torch.Size([2, 3])
-    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape    # 1: a new axis
+    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape    # a new axis 1
     (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
     >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # each e^x over their sum; -1: the last axis
     tensor([0.0900, 0.2447, 0.6652])
@@ -147,8 +147,8 @@ def five_facts():
 #     block  x n_layer   Attention: a token LOOKS at itself and at earlier ones and takes what it
 #       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
-#       |                key agree, the value flows. All three are vectors of D numbers: the token's
-#       |                vector times a learned matrix each. (A fourth matrix leads back to C.)
+#       |                key agree, the value flows to the asker. All three are vectors of D numbers:
+#       |                the token's, times a learned matrix each. (A fourth leads back to C.)
 #       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
 #       |                Both ADD their result to the token's vector: x = x + attention(x), then
 #       |                x = x + mlp(x). This sum through all blocks is the residual stream.
@@ -207,20 +207,20 @@ def decode(ids, ones_first=True):
 #
 #     (R_a k) . (R_b q)  =  k . (R_(b-a) q)
 #
-# depends on the distance b - a alone. To turn a vector, its numbers are taken in pairs, each pair
-# as a point of the plane, that is a complex number, and multiplied by e^(i * angle), where the
-# angle is column * speed. Each pair has its own speed: fast ones tell neighbours apart but soon
-# come round again, slow ones tell what is near from what is far.
+# depends on the distance b - a alone. Which distance agrees best, q and k have to learn. To turn a
+# vector, its numbers are taken in pairs, each pair as a point of the plane, that is a complex
+# number, and multiplied by e^(i * angle), where the angle is column * speed. Each pair has its own
+# speed: fast ones tell neighbours apart but soon come round again, slow ones near from far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds fall from 2 to 2 / base."""
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
     angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
     return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
 
 def rotate(x, turns):
-    """Turn the vectors of all H heads (Step 3-3) alike: x (B, T, H, D), turns (B, T, 1, n_pairs),
-    where n_pairs is D/2 -> the shape of x.
+    """Turn the vectors of all H heads (Step 3-3) alike: x (B, T, H, D), turns (B, T, 1, D/2) ->
+    (B, T, H, D).
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, D/2)
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)              # (B, T, H, D)
@@ -261,11 +261,11 @@ def find_addresses(ids):
         addresses.append(next_address(addresses[-1], token))
     return addresses
 
-# The model uses addresses in two ways, both looking ahead to the NEXT token, as that one must be
+# The model uses addresses in two ways, and both ask about the NEXT token, as that one must be
 # found. First, slot and place have embeddings: those of the next token's address are added to each
 # token's vector. Second, RoPE: a key is turned by the address of its own token, a query by that of
-# the next token. Some pairs turn by the stage, some by the slot, some by the place. To write the 5
-# of 357, the query has place 2, and so have the keys of the tens, 1 and 4: it asks at distance 0.
+# the next token. Of its pairs, some turn by stage, some by slot, some by place. To write the 5 of
+# 357, the query has place 2, and so have the keys of the tens, 1 and 4: they are at distance 0.
 # (The stage has no embedding: all that matters of it is a distance, "one stage earlier".)
 #
 # A model that has only seen up to ten digits learns that a number ends at place 10, and fails at
@@ -288,7 +288,7 @@ def with_gaps(addresses, gap, rng):
 
 def attention(q, k, v):
     """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
-    attention weights (..., T, S). Without a cache S is T.
+    attention weights (..., T, S). Without a cache (see below) S is T.
 
     The score of a query and a key is their dot product: how well they agree. As a sum of D products
     of either sign it grows like sqrt(D), so it is divided by that: with large scores a token would
@@ -347,7 +347,7 @@ class CausalSelfAttention(nn.Module):
         nn.init.zeros_(self.out.weight)               # a new block adds 0
 
     def forward(self, x, turns, cache=None):
-        q = self.query(x).unflatten(-1, (self.n_head, -1))                        # (B, T, H, D)
+        q = self.query(x).unflatten(-1, (self.n_head, -1))              # (B, T, H, D); -1: the rest
         k = self.key(x).unflatten(-1, (self.n_head, -1))
         v = self.value(x).unflatten(-1, (self.n_head, -1))
         # layer_norm brings the D numbers of a vector (the last axis) to mean 0 and spread 1, so to
@@ -361,7 +361,7 @@ class CausalSelfAttention(nn.Module):
             cache[:] = k, v                                                       # (B, S, H, D)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))           # (B, H, T or S, D)
         y, weights = attention(q, k, v)                                           # (B, H, T, D)
-        self.weights = None if self.training else weights  # training: until model.eval()
+        self.weights = None if self.training else weights    # True until model.eval()
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
@@ -446,7 +446,7 @@ class TinyLLM(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.output = nn.Linear(config.n_embd, len(VOCAB), bias=False)
         for layer in (self.token, self.place, self.slot, self.output):
-            nn.init.normal_(layer.weight, std=0.02)   # small: so are the first logits
+            nn.init.normal_(layer.weight, std=0.02)   # small first logits
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
@@ -495,7 +495,7 @@ class TinyLLM(nn.Module):
 #
 # A problem has a size: the digits of its longest number in the first four kinds, its operators in
 # the others. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits,
-# and short ones would hardly ever come.
+# so that short ones would hardly ever come.
 
 def draw_number(rng, n_digits):
     """A number of n digits (one digit: 0 to 9)."""
@@ -536,7 +536,7 @@ class Kind:
     sizes: range                # the sizes to train on
     beyond: tuple = ()          # larger sizes, which eval asks as well
     share: float = 1.0          # how often it is drawn, compared with the others (tried out)
-    practice: dict = dataclasses.field(default_factory=dict)     # name -> (share, draw): appendix
+    practice: dict = dataclasses.field(default_factory=dict)     # name -> (part, draw): appendix
     size: callable = lambda problem: longest_number(problem)     # problem -> its size
     stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
     worth: callable = lambda text: exact_value(text)     # the right answer to text, as a text
@@ -667,7 +667,7 @@ class ProblemPools(Dataset):
         return x, with_gaps(find_addresses(x), self.config.gap, rng), y
 
     def __getitem__(self, n):
-        # several GPUs (torchrun, Step 7-5): each trains on pools of its own
+        # on several GPUs (Step 7-5) each has pools of its own; on one these are 1 and 0
         rng = random.Random(f"{self.config.seed}/{n * WORLD_SIZE + RANK}")
         done = part_done({**self.progress, "step": n * self.POOL}, self.config)
         examples, n_tokens = [], 0
@@ -706,14 +706,14 @@ def loss_of(model, x, addresses, y):
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())   # y (B*T,); -100 is skipped
 
 # Adam (Kingma and Ba 2014) improves on plain gradient descent in two ways. It follows the mean of
-# the last gradients, called momentum, so that the chance of one batch is averaged out. And it
+# the last gradients, called momentum, so that the accident of one batch is averaged out. And it
 # divides by how large a weight's gradients usually are, so that all weights move at a like pace.
 # AdamW (Loshchilov and Hutter 2017) adds weight decay: each step shrinks all weights, so that one
 # of no use fades away.
 #
 # Muon (Jordan et al. 2024) is for matrices. A matrix stretches space along certain directions, and
-# so does its gradient, a matrix, too: it is strong along the few that most examples ask for. Muon
-# makes the step equally strong along all, for what is rare must be learned, too.
+# so does its gradient, which is strong along the few that most examples ask for. Muon makes the
+# step equally strong along all, for what is rare must be learned, too.
 
 def orthogonal(matrix):
     """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
@@ -791,11 +791,11 @@ def learn(model, optimizers, x, addresses, y):
 
 def fit(model, optimizers, progress, out, report=None):
     """Train until the run is over. batches_of_run (Step 7-5) takes batches from stream_batches and
-    counts each in `progress` when it is learned. At every hundredth of the run it empties `losses`;
-    at every tenth it prints a row by `report` and saves to `out`.
+    counts each in `progress` when it is learned. At every hundredth of the run it averages `losses`
+    and empties it; at every tenth it prints a row by `report` and saves to `out`.
     """
     losses = []
-    step = fastest_step(model, optimizers)            # learn; on a GPU a faster form (Step 7-6)
+    step = fastest_step(model, optimizers)            # learn for these two; on a GPU faster
     for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
         factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
         for optimizer in optimizers:                  # defaults: what it was made with
@@ -900,7 +900,7 @@ def check(line):
     return answer, answer and set(others) == {first}
 
 def evaluate(model, problems):
-    """Ask problems: how many answers and workings are right, and the lines with wrong ones.
+    """Ask problems: how many answers and workings are right, the mean length, the wrong lines.
 
     A model that has learned nothing does not end: it is stopped at twice the longest right line.
     """

@@ -147,8 +147,8 @@ def five_facts():
 #     block  x n_layer   Attention: a token LOOKS at itself and at earlier ones and takes what it
 #       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
-#       |                key agree, the value flows to the asker. All three are vectors of D numbers:
-#       |                the token's, times a learned matrix each. (A fourth leads back to C.)
+#       |                key agree, the value flows to the asker. All three are D numbers: the
+#       |                token's vector times a learned matrix each. (A fourth leads back to C.)
 #       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
 #       |                Both ADD their result to the token's vector: x = x + attention(x), then
 #       |                x = x + mlp(x). This sum through all blocks is the residual stream.
@@ -213,7 +213,7 @@ def decode(ids, ones_first=True):
 # speed: fast ones tell neighbours apart but soon come round again, slow ones near from far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds fall from 2 to 2 / base."""
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: from 2 to 2 / base."""
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
     angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
     return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)

@@ -687,13 +687,13 @@ class ProblemPools(Dataset):
         rng.shuffle(batches)
         return batches[:self.POOL]
 
-def stream_batches(config, progress, n_workers=0):
+def stream_batches(config, progress, **helpers):
     """The batches of a run, from progress["step"] on. PyTorch's DataLoader asks for pools[first],
-    pools[first + 1] ... and may have n_workers helper processes make them, in the same order.
+    pools[first + 1] ... and has them made by helper processes, if it is given some (Step 7-6).
     """
     first, skip = divmod(progress["step"], ProblemPools.POOL)
     pools = DataLoader(ProblemPools(config, progress), batch_size=None,          # a pool as it is
-                       sampler=itertools.count(first), num_workers=n_workers)
+                       sampler=itertools.count(first), **helpers)
     return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
 
 ######## Step 5-1: the loss and the optimizers #####################################################
@@ -926,6 +926,7 @@ import ast                                                                      
 import contextlib                                                                 # noqa: E402
 import inspect                                                                    # noqa: E402
 import json                                                                       # noqa: E402
+import pickle                                                                     # noqa: E402
 import secrets                                                                    # noqa: E402
 import shlex                                                                      # noqa: E402
 import socketserver                                                               # noqa: E402
@@ -1256,12 +1257,11 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     if report:
         asked = {kind: held_out_problems(kind, N_PROBLEMS) for kind in config.kinds.split()}
         report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
-    # processes of their own make the data for a GPU, unless what is drawn depends on the time
-    n_workers = 8 if device.type == "cuda" and not progress["minutes"] else 0
-    torch.multiprocessing.set_sharing_strategy("file_system")    # the other runs out of open files
+    # a GPU needs helpers; but they do not know the time, if the run is given one
+    n_helpers = 0 if device.type != "cuda" or progress["minutes"] else min(8, os.cpu_count() or 1)
     n_tokens, resumed_at = 0, progress["seconds"]
     began = time.perf_counter()
-    for batch in stream_batches(config, progress, n_workers):
+    for batch in stream_batches(config, progress, **make_helpers(n_helpers)):
         stop = len(presses)
         if WORLD_SIZE > 1:                            # one clock and one decision for all
             sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
@@ -1317,7 +1317,8 @@ class RecordedStep:
         device = model.output.weight.device
         self.model, self.optimizers, self.on_gpu = model, optimizers, device.type == "cuda"
         self.rates = [torch.zeros((), device=device) for _ in optimizers]
-        self.n_steps, self.held, self.graphs, self.pool = 0, {}, {}, None
+        self.held, self.graphs, self.memory = {}, {}, None
+        self.stream = torch.cuda.Stream() if self.on_gpu else None
         for optimizer in optimizers:                  # AdamW's count of steps, if a run is resumed
             for state in optimizer.state.values():
                 state.update({name: tensor.to(device) for name, tensor in state.items()})
@@ -1335,28 +1336,28 @@ class RecordedStep:
         for optimizer, rate in zip(self.optimizers, self.rates):
             rate.fill_(optimizer.param_groups[0]["lr"])
         B, T = batch[0].shape
-        if T not in self.held:                        # room for a whole batch
+        is_new = T not in self.held
+        if is_new:                                    # room for a whole batch
             rows = max(1, self.model.config.batch_tokens // T)
             self.held[T] = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in batch]
         held = self.held[T]
         for room, tensor in zip(held, batch):
             room[:B] = tensor
         held[2][B:] = -100                            # rows that are left over do not count
-        self.n_steps += 1
         if not self.on_gpu:
             return self.learn(held)
-        if self.n_steps <= 3:                         # as PyTorch asks before a recording
+        if is_new:                                    # once as it is, as PyTorch asks for
             torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(self.stream):
                 loss = self.learn(held)
             torch.cuda.synchronize()
             return loss
         if T not in self.graphs:
             self.model.zero_grad()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):        # nothing is computed in here
+            with torch.cuda.graph(graph, self.memory, self.stream):      # this computes nothing
                 loss = self.learn(held)
-            self.pool, self.graphs[T] = graph.pool(), (graph, loss)
+            self.memory, self.graphs[T] = graph.pool(), (graph, loss)
         graph, loss = self.graphs[T]
         graph.replay()
         return loss.clone()
@@ -1365,6 +1366,22 @@ def fastest_step(model, optimizers):
     if model.output.weight.device.type == "cuda" and WORLD_SIZE == 1:
         return RecordedStep(model, optimizers)
     return functools.partial(learn, model, optimizers)
+
+class Packed:
+    """A pool as helpers send it. (Tensors need shared memory, of which a container has little.)"""
+
+    def __init__(self, pool):
+        self.data = pickle.dumps(pool)
+
+    def __iter__(self):
+        return iter(pickle.loads(self.data))
+
+def ignore_ctrl_c(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # it is the main process that saves
+
+def make_helpers(n):
+    """What DataLoader needs to have its pools made by n processes."""
+    return {"num_workers": n, "collate_fn": Packed, "worker_init_fn": ignore_ctrl_c} if n else {}
 
 ######## Step 7-7: the commands ####################################################################
 

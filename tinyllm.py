@@ -1221,11 +1221,6 @@ RANK = int(os.environ.get("RANK", 0))                 # torchrun: which process 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 N_PROBLEMS = 100                                      # held-out problems of each kind, for a row
 
-def average(weight):
-    """The gradient of a weight becomes the mean over all processes."""
-    weight.grad /= WORLD_SIZE
-    dist.all_reduce(weight.grad)
-
 def measure_now(model, asked):
     """For a row, the part of right answers of each kind. None: Ctrl-C has ended it at once."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1252,16 +1247,17 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     config, device = model.config, model.output.weight.device
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        for weight in model.parameters():
-            weight.register_post_accumulate_grad_hook(average)
+        for weight in model.parameters():             # its gradient becomes the mean over all
+            weight.register_post_accumulate_grad_hook(
+                lambda weight: dist.all_reduce(weight.grad.div_(WORLD_SIZE)))
     if report:
         asked = {kind: held_out_problems(kind, N_PROBLEMS) for kind in config.kinds.split()}
         report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
     # a GPU needs helpers; but they do not know the time, if the run is given one
-    n_helpers = 0 if device.type != "cuda" or progress["minutes"] else min(8, os.cpu_count() or 1)
+    helpers = HELPERS if device.type == "cuda" and not progress["minutes"] else {}
     n_tokens, resumed_at = 0, progress["seconds"]
     began = time.perf_counter()
-    for batch in stream_batches(config, progress, **make_helpers(n_helpers)):
+    for batch in stream_batches(config, progress, **helpers):
         stop = len(presses)
         if WORLD_SIZE > 1:                            # one clock and one decision for all
             sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
@@ -1323,18 +1319,10 @@ class RecordedStep:
             for state in optimizer.state.values():
                 state.update({name: tensor.to(device) for name, tensor in state.items()})
 
-    def learn(self, batch):
-        groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
-        for optimizer, group, rate in zip(self.optimizers, groups, self.rates):
-            optimizer.param_groups[0] = {**group, "lr": rate, "capturable": self.on_gpu}
-        loss = learn(self.model, self.optimizers, *batch)
-        for optimizer, group in zip(self.optimizers, groups):
-            optimizer.param_groups[0] = group
-        return loss
-
     def __call__(self, *batch):
         for optimizer, rate in zip(self.optimizers, self.rates):
             rate.fill_(optimizer.param_groups[0]["lr"])
+            optimizer.param_groups[0]["lr"] = rate
         B, T = batch[0].shape
         is_new = T not in self.held
         if is_new:                                    # room for a whole batch
@@ -1345,25 +1333,29 @@ class RecordedStep:
             room[:B] = tensor
         held[2][B:] = -100                            # rows that are left over do not count
         if not self.on_gpu:
-            return self.learn(held)
+            return learn(self.model, self.optimizers, *held)
         if is_new:                                    # once as it is, as PyTorch asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(self.stream):
-                loss = self.learn(held)
+                loss = learn(self.model, self.optimizers, *held)
             torch.cuda.synchronize()
             return loss
         if T not in self.graphs:
             self.model.zero_grad()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.memory, self.stream):      # this computes nothing
-                loss = self.learn(held)
+                loss = learn(self.model, self.optimizers, *held)
             self.memory, self.graphs[T] = graph.pool(), (graph, loss)
         graph, loss = self.graphs[T]
         graph.replay()
         return loss.clone()
 
 def fastest_step(model, optimizers):
-    if model.output.weight.device.type == "cuda" and WORLD_SIZE == 1:
+    """A function step(x, addresses, y) -> the loss."""
+    on_gpu = model.output.weight.device.type == "cuda" and WORLD_SIZE == 1
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["capturable"] = on_gpu         # AdamW: can it be recorded?
+    if on_gpu:
         return RecordedStep(model, optimizers)
     return functools.partial(learn, model, optimizers)
 
@@ -1379,9 +1371,8 @@ class Packed:
 def ignore_ctrl_c(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # it is the main process that saves
 
-def make_helpers(n):
-    """What DataLoader needs to have its pools made by n processes."""
-    return {"num_workers": n, "collate_fn": Packed, "worker_init_fn": ignore_ctrl_c} if n else {}
+HELPERS = {"num_workers": min(8, os.cpu_count() or 1), "collate_fn": Packed,
+           "worker_init_fn": ignore_ctrl_c}
 
 ######## Step 7-7: the commands ####################################################################
 
@@ -1613,8 +1604,7 @@ def command_data(kind: str = "", split: str = "train", count: int = 10, seed: in
 def has_fast_bfloat16(device):
     """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
     able = torch.cpu.get_capabilities()
-    is_fast = able.get("avx512_bf16") or able.get("amx_bf16") or False
-    return device == "cuda" or device == "cpu" and is_fast
+    return device == "cuda" or device == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16")))
 
 def pick_device(name):
     """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError."""
@@ -2127,15 +2117,10 @@ KINDS["sub"].practice["near"] = 0.45, functools.partial(draw_near, "-")
 KINDS["div"].practice["fractions"] = 0.2, functools.partial(draw_fraction, largest=49)
 KINDS["div"].practice["primes"] = 0.08, draw_primes
 
-def drawn(sign, *lengths):
-    """A test of problems: two numbers of at most so many digits, for one of some pairs."""
-    pairs = [rf"-?[0-9]{{1,{n}}}{sign}([0-9]{{1,{m}}}|\(-[0-9]{{1,{m}}}\))" for n, m in lengths]
-    return re.compile("|".join(pairs)).fullmatch
-
-KINDS["add"].is_drawn = drawn(r"\+", (10, 10))
-KINDS["sub"].is_drawn = drawn("-", (10, 10))
-KINDS["mul"].is_drawn = drawn(r"\*", (3, 3), (4, 2), (2, 4))
-KINDS["div"].is_drawn = drawn("/", (5, 2))
+KINDS["add"].is_drawn = KINDS["sub"].is_drawn = lambda problem: longest_number(problem) <= 10
+KINDS["mul"].is_drawn = re.compile(
+    r"\D*(\d{1,3}\D+\d{1,3}|\d{4}\D+\d{1,2}|\d{1,2}\D+\d{4})\D*").fullmatch
+KINDS["div"].is_drawn = re.compile(r"\D*\d{1,5}\D+\d{1,2}\D*").fullmatch
 for name in ("add", "sub", "mul", "div"):
     KINDS[name].practice["signs"] = 0.16, functools.partial(draw_signed, KINDS[name].draw)
 

@@ -1315,8 +1315,9 @@ class RecordedStep:
         self.rates = [torch.zeros((), device=device) for _ in optimizers]
         self.held, self.graphs, self.memory = {}, {}, None
         self.stream = torch.cuda.Stream() if self.on_gpu else None
-        for optimizer in optimizers:                  # AdamW's count of steps, if a run is resumed
-            for state in optimizer.state.values():
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["capturable"] = self.on_gpu
+            for state in optimizer.state.values():    # of a resumed run: AdamW's count of steps
                 state.update({name: tensor.to(device) for name, tensor in state.items()})
 
     def __call__(self, *batch):
@@ -1352,11 +1353,10 @@ class RecordedStep:
 
 def fastest_step(model, optimizers):
     """A function step(x, addresses, y) -> the loss."""
-    on_gpu = model.output.weight.device.type == "cuda" and WORLD_SIZE == 1
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["capturable"] = on_gpu         # AdamW: can it be recorded?
-    if on_gpu:
+    if model.output.weight.device.type == "cuda" and WORLD_SIZE == 1:
         return RecordedStep(model, optimizers)
+    for optimizer in optimizers:                      # what a GPU saved may go on here
+        optimizer.param_groups[0]["capturable"] = False
     return functools.partial(learn, model, optimizers)
 
 class Packed:

@@ -1008,7 +1008,7 @@ def normalize(text):
     """What people type, in the characters of VOCAB. Raises InputError for what cannot be meant."""
     text = text.replace("\u00b2", "^2").replace("**", "^")
     clean = unicodedata.normalize("NFKC", text).translate(LOOKALIKES).lower()
-    unknown = [c for c in text if unicodedata.category(c) == "No"]               # a raised 3
+    unknown = [c for c in text if unicodedata.category(c) in ("No", "Lm")]       # raised
     unknown += [c for c in clean if c not in ID and c != "," and not c.isspace()]
     if unknown:
         name = unicodedata.name(unknown[0], "")
@@ -1016,7 +1016,7 @@ def normalize(text):
     if re.search(r"[0-9]\s+[0-9]", clean):
         raise InputError("there is a space inside a number; write 1 1/2 as 1+1/2")
     clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
-    clean = re.sub(r"\b[0-9]{1,3}(,[0-9]{3})+\b", lambda match: match[0].replace(",", ""), clean)
+    clean = re.sub(r"\b[1-9][0-9]{0,2}(,[0-9]{3})+\b", lambda match: match[0].replace(",", ""), clean)
     if not clean or "=" in clean or "," in clean:
         raise InputError("write one problem, such as 12*34, without = and decimals in it")
     clean = re.sub("(?<![0-9])0+(?=[0-9])", "", clean).replace("(+", "(")        # 007 is 7
@@ -1114,10 +1114,10 @@ class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         lines = solve(model, examples, max_tokens=160)
         marks = ["" if check(line)[0] else " (it fails here)" for line in lines]
         self.data = json.dumps({"examples": list(zip(examples, marks)), "history": history,
-                                "heads": model.config.n_head})
+                                "heads": model.config.n_head}).replace("<", "\\u003c")
         try:
             super().__init__((host, port), Handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"cannot serve on --host {host} --port {port}: {error}") from error
         self.set_app(self.respond)
 
@@ -1217,6 +1217,10 @@ def show_live(text):
     if sys.stdout.isatty():
         print("\r" + text.ljust(60)[:os.get_terminal_size().columns - 1], end="\r", flush=True)
 
+def quoted(path):
+    """A path as a terminal takes it."""
+    return f'"{path}"' if os.name == "nt" else shlex.quote(path)
+
 RANK = int(os.environ.get("RANK", 0))                 # torchrun: which process this is, of how many
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 N_PROBLEMS = 100                                      # held-out problems of each kind, for a row
@@ -1259,11 +1263,11 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     began = time.perf_counter()
     for batch in stream_batches(config, progress, **helpers):
         stop = len(presses)
-        if WORLD_SIZE > 1:                            # one clock and one decision for all
-            sums = torch.tensor([progress["seconds"], stop], dtype=torch.float64).to(device)
+        if WORLD_SIZE > 1:                            # one clock, of process 0, and one decision
+            clock = progress["seconds"] if RANK == 0 else 0.0
+            sums = torch.tensor([clock, stop], dtype=torch.float64).to(device)
             dist.all_reduce(sums)
-            progress["seconds"] = sums[0].item() / WORLD_SIZE
-            stop = sums[1].item()
+            progress["seconds"], stop = sums.tolist()
         before = part_done(progress, config)
         if stop or before == 1:
             break
@@ -1296,8 +1300,8 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
         dist.destroy_process_group()
     if stop and report:                               # a second Ctrl-C still spoils nothing
         save_checkpoint(out, model, optimizers, progress)
-        raise KeyboardInterrupt("saved; go on with: python tinyllm.py train --resume --out "
-                                + shlex.quote(out))
+        more = f"; go on with: python tinyllm.py train --resume --out {quoted(out)}"
+        raise KeyboardInterrupt("saved" + more * (before < 1))
     signal.signal(signal.SIGINT, previous)
 
 ######## Step 7-6: on a GPU ########################################################################
@@ -1390,22 +1394,24 @@ def check_config(config):
     rng = random.Random(0)
     problems = [draw_problem(kind, rng, False) for kind in kinds for _ in range(200)]
     longest = max(len(solve_by_rules(problem, config.working)) for problem in problems)
-    if longest >= config.block_size:
-        raise InputError(f"--block_size {config.block_size} is too short for a line of {longest}")
+    for name in ("block_size", "batch_tokens"):
+        if longest >= getattr(config, name):
+            raise InputError(f"--{name} must be more than {longest}, for the longest lines")
 
-def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = False,
+def command_train(out: str = "", minutes: float = None, quick: bool = False,
                   resume: bool = False, force: bool = False, device: str = "auto", **config):
     """Train a model from scratch.
 
-    out: checkpoint to write
+    out: checkpoint to write (default: tinyllm.pt)
     minutes: train for a given time instead of a number of steps
-    quick: a first taste: one layer learns sums, in seconds, into quick.pt
+    quick: a first taste: one layer learns sums, in seconds, into quick.pt, which it may replace
     resume: go on with the run in --out
     force: replace --out if it exists
     """
     if quick:
         config = {"n_layer": 1, "kinds": "add", "steps": 300, "batch_tokens": 2048, **config}
-        out, force = ("quick.pt", True) if out == "tinyllm.pt" else (out, force)
+        out, force = out or "quick.pt", force or not out
+    out = out or "tinyllm.pt"
     model, state = None, {"config": {}, "progress": new_progress(), "optimizers": []}
     if resume:
         model, state = load_checkpoint(out)
@@ -1426,7 +1432,10 @@ def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = 
     if os.path.exists(out) and not (resume or force or RANK > 0):
         raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or --out")
     torch.manual_seed(config.seed)
-    model = (model or TinyLLM(config)).to(device)
+    try:
+        model = (model or TinyLLM(config)).to(device)
+    except RuntimeError as error:
+        raise InputError("there is no memory for such a model; make it smaller") from error
     model.config = config                             # --steps may be new
     optimizers = make_optimizers(model, config)
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -1446,10 +1455,9 @@ def command_train(out: str = "tinyllm.pt", minutes: float = None, quick: bool = 
     print(f"Trained in {progress['seconds'] / 60:.1f} minutes, saved as {out}. Measuring ...")
     measure(model, {kind: held_out_problems(kind, 500, seed=2) for kind in config.kinds.split()})
     print("Now it answers:", *solve(model, some), sep="\n    ")
-    file = shlex.quote(out)
-    problem = "123+456" if config.kinds == "add" else "12*34"
-    print(f'Now try:\n    python tinyllm.py ask --checkpoint {file} "{problem}"')
-    print(f"    python tinyllm.py eval --checkpoint {file}")
+    problem = "123+456" if quick else some[-1]
+    print(f'Now try:\n    python tinyllm.py ask --checkpoint {quoted(out)} "{problem}"')
+    print(f"    python tinyllm.py eval --checkpoint {quoted(out)}")
 
 def measure(model, asked):
     """Ask lists of problems by name; print a row for each when it is ready. Returns the results."""
@@ -1483,13 +1491,13 @@ def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: f
         for name, (_, draw) in KINDS[kind].practice.items():
             asked[f"{kind} {name}"] = held_out_problems(kind, some, draw=draw)
     print(f"Held-out problems, greedy decoding, {checkpoint}: by kind, size, and what it practised."
-          "\n* is larger than any that it was trained on.")
+          "\n* is larger than what is asked above, and rare or unknown in training.")
     results = measure(model, asked)
     for line in [line for kind in kinds for line in results[kind]["wrong"][:2]]:
         words, sentence = explain(line)
         first = next((said for said in words if said != "true"), sentence)
         print(f"wrong: {line[:300]}\n       {first}")
-    low = [kind for kind in kinds if results[kind]["answers"] < target * len(asked[kind])]
+    low = [kind for kind in kinds if results[kind]["answers"] / len(asked[kind]) < target]
     if low:
         print(f"below the target of {target}: {', '.join(low)}")
     return 1 if low else 0
@@ -1527,10 +1535,11 @@ def show(line, config, latex):
     """Print a line as LaTeX, or as a notebook shows it: a stage a row, with the check of each."""
     problem, *stages = line.split("=")
     words, sentence = explain(line)
+    note = f"note: {OUTSIDE}" if is_outside(problem, config) else ""
     if latex:
         print(to_latex(line))
-        if sentence != RIGHT:
-            print(f"tinyllm: {sentence}: {line}", file=sys.stderr)
+        if {*words, sentence} != {"true", RIGHT} or note:
+            print(f"check: {', '.join(words)}; {sentence}\n{note}".strip(), file=sys.stderr)
         return
     width = max(map(len, stages), default=0)
     left = problem
@@ -1541,8 +1550,8 @@ def show(line, config, latex):
         left = ""
     if sentence != RIGHT:
         print(f"check: {sentence}")
-    if is_outside(problem, config):
-        print(f"note: {OUTSIDE}")
+    if note:
+        print(note)
 
 def lines_of_input():
     """Lists of lines: typed at a prompt until an empty one, or from a pipe all that wait."""
@@ -1569,7 +1578,7 @@ def command_look(*problem, checkpoint: str = "tinyllm.pt", device: str = "auto")
     """
     model, _ = load_checkpoint(checkpoint, pick_device(device))
     for line in solve(model, [prepare(text, model) for text in problem or ["12+39"]]):
-        print(f"{line}\nNumbers stand turned round, as the model reads them.\n{look(model, line)}")
+        print(f"{line}\nThe line stands as the model reads it.\n{look(model, line)}")
 
 def command_serve(checkpoint: str = "tinyllm.pt", port: int = 8000, host: str = "127.0.0.1",
                   device: str = "auto"):
@@ -1669,16 +1678,18 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         print(f"\ntinyllm: stopped; {stop}".rstrip("; "), file=sys.stderr)
         return 130
-    except BrokenPipeError:                           # the reader has gone, as `head -1` does
+    except OSError as error:                          # a full disk, or a reader that has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):        # as `head -1` does
+            return 0
+        print(f"tinyllm: cannot write: {error}", file=sys.stderr)
+        return 2
 
 ######## Appendix 1: what a stage is worth #########################################################
 
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.MatMult: "*", ast.Div: "/", ast.Pow: "^2",
          ast.USub: "-"}
-# what Python would read otherwise than a pupil, or a pupil in two ways: 5--3, x3, x^3, 6/2(1+2)
-NONSENSE = r"[-+*/]{2}|[xy)][0-9]|\^(?!2(?![0-9^]))|/([0-9]+|\([^()]*\))[xy(]"
+NONSENSE = r"[-+*/]{2}|[xy)][0-9]|\^(?!2(?![0-9^]))"          # 5--3, x3, x^3
 UNREADABLE = ("this cannot be read; see that each sign has two sides and each bracket its partner, "
               "and write 3x for x3, x^2 for a square, and a * behind a division")
 DIVIDED = "letters cannot be divided here; write it without the division"
@@ -1690,6 +1701,10 @@ def read(text, make, combine):
     """
     def walk(node):                                   # Python's tree of the text, leaves first
         if isinstance(node, ast.BinOp):
+            first = getattr(node.left, "op", None)
+            if isinstance(node.op, ast.MatMult) and isinstance(first, ast.Div):
+                if node.left.col_offset == node.col_offset:      # no bracket: 6/2(1+2), 6/2x
+                    raise SyntaxError
             b = None if isinstance(node.op, ast.Pow) else walk(node.right)
             return combine(SIGNS[type(node.op)], walk(node.left), b)
         if isinstance(node, ast.UnaryOp):
@@ -1976,10 +1991,21 @@ def draw_tree(rng, n, signs, lengths, negative):
     return (negate(part), -value) if rng.random() < 0.03 else (part, value)
 
 def is_expression(problem):
-    """Is it of a size that is drawn, without a fraction, and with a whole number as its answer?"""
-    is_small = 2 <= count_signs(problem) <= 6 and longest_number(problem) <= 4
-    has_fraction = any(map(sides, re.findall(FRACTION, problem)))
-    return is_small and not has_fraction and "/" not in exact_value(problem)
+    """Could draw_expression have drawn it? (Brackets more or less do not count.)"""
+    def combine(sign, a, b):
+        if sign == "/" and abs(b[0][0]) > 99:
+            raise InputError("drawn divisors have two digits")
+        value = sum(n for n, _ in combine_terms(sign, a, b))
+        if value % 1 or abs(value) > 9999:
+            raise InputError("drawn values are whole numbers of four digits")
+        return [(value, "")]
+
+    if not 2 <= count_signs(problem) <= 6 or longest_number(problem) > 4:
+        return False
+    try:
+        return bool(read(problem, make_terms, combine))
+    except InputError:
+        return False
 
 def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2),
                     negative=0.04):
@@ -2048,10 +2074,11 @@ def draw_algebra(rng, top, hard=False):
             return problem
 
 TERM = r"(?:(?:[0-9]{0,2}|10[0-9])(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|10[0-9])"
-BRACKET = rf"\(-?{TERM}(?:[-+]{TERM})?\)"
+BRACKET = r"\(-?(?:[0-9]?[xy]|[0-9]{1,2})(?:[-+](?:[0-9]?[xy]|[0-9]{1,2}))?\)"
 ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
-PRODUCT = rf"{BRACKET}(?:{BRACKET}|\^2)|[0-9]{{1,2}}[xy]?\*[0-9]{{1,2}}[xy]?"
-ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{PRODUCT}")
+SMALL = BRACKET.replace("{1,2}", "")                  # the same with one digit
+ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{SMALL}(?:{SMALL}|\^2)|"
+                     r"[0-9]?[xy]?\*[0-9]?[xy]?")
 
 KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.2, size=count_signs,
                         stage=rewrite_letters, practice={
@@ -2163,7 +2190,7 @@ another, and no calculator helps it. The check of each step is made afterwards.<
   <p><span id="sentence"></span> <span id="note" class="soft"></span></p>
   <div class="scroll" tabindex="0" role="region" aria-label="Working"><table id="working"></table></div>
   <h2>How it wrote this</h2>
-  <p class="soft">Choose a token that it wrote (numbers from the ones), or step with the arrow keys: below are the likeliest
+  <p class="soft">Choose a token that it wrote (in the order in which it reads and writes), or step with the arrow keys: below are the likeliest
     there, and where each head looked. Heads that looked at one place stand out. Point at a row to see it above.</p>
   <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div><div id="next" class="few" role="status"></div>
   <div class="scroll" id="grid" tabindex="0" role="region" aria-label="Heads"></div>

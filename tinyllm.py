@@ -45,6 +45,7 @@ import functools
 import itertools
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -694,6 +695,7 @@ def stream_batches(config, progress, **helpers):
     first, skip = divmod(progress["step"], ProblemPools.POOL)
     pools = DataLoader(ProblemPools(config, progress), batch_size=None,          # a pool as it is
                        sampler=itertools.count(first), **helpers)
+    pools = map(pickle.loads, pools) if helpers else pools       # helpers send bytes
     return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
 
 ######## Step 5-1: the loss and the optimizers #####################################################
@@ -926,7 +928,6 @@ import ast                                                                      
 import contextlib                                                                 # noqa: E402
 import inspect                                                                    # noqa: E402
 import json                                                                       # noqa: E402
-import pickle                                                                     # noqa: E402
 import secrets                                                                    # noqa: E402
 import shlex                                                                      # noqa: E402
 import socketserver                                                               # noqa: E402
@@ -1016,7 +1017,8 @@ def normalize(text):
     if re.search(r"[0-9]\s+[0-9]", clean):
         raise InputError("there is a space inside a number; write 1 1/2 as 1+1/2")
     clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
-    clean = re.sub(r"\b[1-9][0-9]{0,2}(,[0-9]{3})+\b", lambda match: match[0].replace(",", ""), clean)
+    thousands = r"\b[1-9][0-9]{0,2}(,[0-9]{3})+\b"
+    clean = re.sub(thousands, lambda match: match[0].replace(",", ""), clean)
     if not clean or "=" in clean or "," in clean:
         raise InputError("write one problem, such as 12*34, without = and decimals in it")
     clean = re.sub("(?<![0-9])0+(?=[0-9])", "", clean).replace("(+", "(")        # 007 is 7
@@ -1225,17 +1227,6 @@ RANK = int(os.environ.get("RANK", 0))                 # torchrun: which process 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 N_PROBLEMS = 100                                      # held-out problems of each kind, for a row
 
-def measure_now(model, asked):
-    """For a row, the part of right answers of each kind. None: Ctrl-C has ended it at once."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return {kind: evaluate(model, problems)["answers"] / max(1, len(problems))
-                for kind, problems in asked.items()}
-    except KeyboardInterrupt:
-        return None
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
 def batches_of_run(model, optimizers, progress, losses, out, report):
     """Batches until the run is over or Ctrl-C is pressed. Behind each yield the step is counted; by
     then its loss is in `losses`. A hundredth of the run is a point of the loss curve; a tenth is a
@@ -1246,7 +1237,12 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     the same step and stay equal: one run with a batch twice as large.
     """
     presses = []                                      # of Ctrl-C, which waits for the end of a step
-    previous = signal.signal(signal.SIGINT, lambda *_: presses.append(1))
+
+    def wait(*_):
+        presses.append(1)
+        os.write(2, b" stopping ...\n")
+
+    previous = signal.signal(signal.SIGINT, wait)
     model.train()
     config, device = model.config, model.output.weight.device
     if WORLD_SIZE > 1:
@@ -1287,13 +1283,12 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
             show_live(f"{row}  {minutes * (1 - done) / done:.1f} minutes left")
             if int(10 * done) > int(10 * before):
                 show_live(f"{row}  measuring ...")
-                right = measure_now(model, asked)
-                if right:
+                right = {kind: evaluate(model, problems)["answers"] / max(1, len(problems))
+                         for kind, problems in asked.items() if not presses}
+                if not presses:
                     point["right"] = right
                     show_live("")
                     report(row + "".join(f"{part:8.0%}" for part in right.values()))
-                else:
-                    presses.append(1)
                 save_checkpoint(out, model, optimizers, progress)
         began = time.perf_counter()                   # measuring does not count as training
     if WORLD_SIZE > 1:
@@ -1363,19 +1358,11 @@ def fastest_step(model, optimizers):
         optimizer.param_groups[0]["capturable"] = False
     return functools.partial(learn, model, optimizers)
 
-class Packed:
-    """A pool as helpers send it. (Tensors need shared memory, of which a container has little.)"""
-
-    def __init__(self, pool):
-        self.data = pickle.dumps(pool)
-
-    def __iter__(self):
-        return iter(pickle.loads(self.data))
-
 def ignore_ctrl_c(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # it is the main process that saves
 
-HELPERS = {"num_workers": min(8, os.cpu_count() or 1), "collate_fn": Packed,
+# they send bytes, as tensors need shared memory, of which a container has little
+HELPERS = {"num_workers": min(8, os.cpu_count() or 1), "collate_fn": pickle.dumps,
            "worker_init_fn": ignore_ctrl_c}
 
 ######## Step 7-7: the commands ####################################################################
@@ -1474,7 +1461,6 @@ def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: f
                  device: str = "auto"):
     """Measure a model on held-out problems.
 
-    checkpoint: model to measure
     problems: held-out problems of each kind
     target: exit with status 1 if the part of right answers, 0 to 1, is smaller for a kind
     """
@@ -1507,7 +1493,6 @@ def command_ask(*problem, checkpoint: str = "tinyllm.pt", plain: bool = False,
     """Ask the model.
 
     problem: such as "12*34"; none: a prompt, or a pipe with a problem a line
-    checkpoint: model to ask
     plain: one line in, one full line out
     latex: the working as LaTeX
     """
@@ -1571,11 +1556,7 @@ def lines_of_input():
             yield [text]
 
 def command_look(*problem, checkpoint: str = "tinyllm.pt", device: str = "auto"):
-    """See what the model looked at while it wrote.
-
-    problem: such as "12+39"
-    checkpoint: model to look into
-    """
+    """See what the model looked at while it wrote."""
     model, _ = load_checkpoint(checkpoint, pick_device(device))
     for line in solve(model, [prepare(text, model) for text in problem or ["12+39"]]):
         print(f"{line}\nThe line stands as the model reads it.\n{look(model, line)}")
@@ -1584,7 +1565,6 @@ def command_serve(checkpoint: str = "tinyllm.pt", port: int = 8000, host: str = 
                   device: str = "auto"):
     """Serve a page for the browser.
 
-    checkpoint: model to talk to
     port: port to listen on
     host: address to listen on; any other than 127.0.0.1 lets other machines in
     """
@@ -1639,13 +1619,14 @@ def make_parser():
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
     parser.set_defaults(function=parser.print_help)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    config_help = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M)
+    common = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M),
+                  device="auto, cpu, cuda or mps", checkpoint="file of the model",
+                  problem='such as "12+39"')
     for command, function in COMMANDS.items():
         text = inspect.getdoc(function)
         sub = commands.add_parser(command, help=text.split("\n")[0])
         sub.set_defaults(function=function)
-        texts = dict([("device", "auto, cpu, cuda or mps"), *config_help,
-                      *re.findall(r"^(\w+): (.*)", text, re.M)])
+        texts = {**common, **dict(re.findall(r"^(\w+): (.*)", text, re.M))}
         flags = dict(inspect.signature(function).parameters)
         if flags.pop("problem", None):
             sub.add_argument("problem", nargs="*", help=texts["problem"])
@@ -1942,11 +1923,8 @@ def solve_by_rules(problem, working=True):
     kind = KINDS[kind_of(problem)]
     stages = [problem, kind.stage(problem)]
     while stages[-1] not in stages[:-1]:
-        is_fraction = "*" in stages[-2] and "/" in stages[-1]    # it stays as it came out
-        if is_fraction and stages[-1] == kind.worth(problem):
-            break
         stages.append(kind.stage(stages[-1]))
-    if len(stages) > 2 and stages[-1] == stages[-2]:
+    if len(stages) > 2 and (stages[-1] == stages[-2] or "*" in stages[-1]):      # 4/7 was 2*2/7
         stages.pop()
     return "=".join(stages if working else [problem, stages[-1]])
 
@@ -2157,26 +2135,23 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>tinyllm</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --ink: light-dark(#1d1d1f, #ececec); --paper: light-dark(#fbfaf7, #17181b);
-  --soft: light-dark(#5c5c63, #a5a7ae); --line: light-dark(#d8d5cc, #3a3c42); --accent: light-dark(#0b57a4, #86b9f5);
-  --good: light-dark(#17652a, #7fd193); --bad: light-dark(#a8161b, #ff9a94); --look: light-dark(#8a4b00, #ffb347); }
+:root { color-scheme: light dark; --soft: light-dark(#5c5c63, #a5a7ae); --look: light-dark(#8a4b00, #ffb347); }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 50rem; font: 1rem/1.4 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 1rem; max-width: 50rem; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2 { font-size: 1.1rem; margin: .8rem 0 .2rem; } p, figure { margin: .2rem 0; } .scroll { overflow: auto hidden; padding: .3rem 0; }
-.soft, figcaption { color: var(--soft); font-size: .9rem; } .true { color: var(--good); }
-.false { color: var(--bad); font-weight: 700; } .waiting { opacity: .4; } #answer { font-size: 1.7rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; } .true { color: light-dark(#17652a, #7fd193); }
+.false { color: light-dark(#a8161b, #ff9a94); font-weight: 700; } .waiting { opacity: .4; } #answer { font-size: 1.7rem; }
 form, .few { display: flex; flex-wrap: wrap; gap: .4rem; margin: .5rem 0; } input { flex: 1; min-width: 0; }
 input, button { font: inherit; color: inherit; background: none; border: 1px solid var(--soft); padding: .3rem .6rem; }
-button, .written { cursor: pointer; } :focus-visible, .chosen { outline: 2px solid var(--accent); }
+button, .written { cursor: pointer; } :focus-visible, .chosen { outline: 2px solid LinkText; }
 td { padding: .1rem .3rem; white-space: nowrap; }
 @media (max-width: 40rem) { tr { display: block; } td { display: inline-block; } td:last-child { display: block; } }
 #tokens { font: 1.1rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem; padding: .2rem 0;
   text-align: center; } #tokens .written { border-bottom: 2px solid var(--soft); }
 #grid { font: .75rem ui-monospace, monospace; color: var(--soft); } #grid div { display: flex; }
-#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px solid var(--line); } #grid .sharp { color: var(--look); }
-#grid b { flex: none; width: 4.2rem; position: sticky; left: 0; background: var(--paper); }
-svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
+#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px dotted var(--soft); } #grid .sharp { color: var(--look); }
+#grid b { flex: none; width: 4.2rem; position: sticky; left: 0; background: Canvas; }
+svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: LinkText; stroke-width: 2; }
 </style>
 <h1>tinyllm</h1>
 <p class="soft">A small language model that learned school arithmetic from examples. It writes one character after
@@ -2208,7 +2183,7 @@ function add(parent, tag, text, properties = {}) {
   parent.append(element);
   return element;
 }
-const math = content => ({innerHTML: `<math displaystyle="true">${content}</math>`});
+const math = content => `<math displaystyle="true">${content}</math>`;
 const paint = (element, digit) => element.style.background = `color-mix(in srgb, var(--look) ${9 * digit}%, transparent)`;
 
 async function ask(problem, remember = true) {
@@ -2227,15 +2202,12 @@ async function ask(problem, remember = true) {
 }
 
 function show({problem, stages, sentence, right, note, read, start}) {
-  for (const id of ["answer", "working", "tokens"]) $(id).replaceChildren();
-  add($("answer"), "span", "", math(`${problem}<mo>=</mo>${stages.length ? stages.at(-1)[0] : ""}`));
+  $("answer").innerHTML = math(`${problem}<mo>=</mo>${stages.length ? stages.at(-1)[0] : ""}`);
   Object.assign($("sentence"), {textContent: `Check: ${sentence}.`, className: right});
   $("note").textContent = note && `Note: ${note}.`;
-  stages.forEach(([stage, check], i) => {
-    const row = $("working").insertRow();
-    for (const content of [i ? "" : problem, "<mo>=</mo>", stage]) add(row, "td", "", math(content));
-    add(row, "td", check, {className: {t: "true", f: "soft"}[check[0]] || "false"});
-  });
+  $("working").innerHTML = stages.map(([stage, check], i) => `<tr><td>${math(i ? "" : problem)}<td>${math("<mo>=</mo>")}
+    <td>${math(stage)}<td class="${{t: "true", f: "soft"}[check[0]] || "false"}">${check}`).join("");
+  $("tokens").replaceChildren();
   [...read, "end"].forEach((token, t) =>
     add($("tokens"), "span", token, t < start ? {} : {className: "written", onclick: () => choose(t)}));
   choose(start);

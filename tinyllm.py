@@ -1524,7 +1524,8 @@ def show(line, config, latex):
     if latex:
         print(to_latex(line))
         if {*words, sentence} != {"true", RIGHT} or note:
-            print(f"check: {', '.join(words)}; {sentence}\n{note}".strip(), file=sys.stderr)
+            said = ", ".join(words)
+            print(f"check: {said}; {sentence}: {line}\n{note}".strip(), file=sys.stderr)
         return
     width = max(map(len, stages), default=0)
     left = problem
@@ -2149,7 +2150,7 @@ td { padding: .1rem .3rem; white-space: nowrap; }
 #tokens { font: 1.1rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem; padding: .2rem 0;
   text-align: center; } #tokens .written { border-bottom: 2px solid var(--soft); }
 #grid { font: .75rem ui-monospace, monospace; color: var(--soft); } #grid div { display: flex; }
-#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px dotted var(--soft); } #grid .sharp { color: var(--look); }
+#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px solid color-mix(in srgb, var(--soft) 30%, transparent); } #grid .sharp { color: var(--look); }
 #grid b { flex: none; width: 4.2rem; position: sticky; left: 0; background: Canvas; }
 svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: LinkText; stroke-width: 2; }
 </style>

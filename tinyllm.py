@@ -909,8 +909,7 @@ def evaluate(model, problems):
     longest = max((len(solve_by_rules(problem)) for problem in problems), default=0)
     lines = solve(model, problems, max_tokens=min(model.config.block_size, 2 * longest))
     checks = [check(line) for line in lines]
-    return {"problems": len(problems),
-            "answers": sum(answer for answer, _ in checks),
+    return {"answers": sum(answer for answer, _ in checks),
             "workings": sum(working for _, working in checks),
             "length": sum(map(len, lines)) / max(1, len(lines)),
             "wrong": [line for line, (_, working) in zip(lines, checks) if not working]}
@@ -975,6 +974,7 @@ def look(model, line, width=74):
 # LaTeX, for papers, and MathML, for browsers, are two views of a line. Each is a list of
 # replacements, made one after the other; {1|2} is a fraction by then.
 
+BAR = str.maketrans("/", "|", "()")                   # 2*7/(3*5) -> 2*7|3*5
 LATEX = [("{", r"\\frac{"), (r"\|", "}{"), (r"\*", r" \\times "), ("/", r" \\div "),
          ("\u00b2", "^{2}")]
 MATHML = [("/", "\u00f7"), (r"\*", "\u00d7"), ("-", "\u2212"), ("[0-9]+", r"<mn>\g<0></mn>"),
@@ -982,14 +982,10 @@ MATHML = [("/", "\u00f7"), (r"\*", "\u00d7"), ("-", "\u2212"), ("[0-9]+", r"<mn>
           ("(<m.>[^<]+</m.>)\u00b2", r"<msup>\1<mn>2</mn></msup>"),
           ("{", "<mfrac><mrow>"), (r"\|", "</mrow><mrow>"), ("}", "</mrow></mfrac>")]
 
-def mark_fraction(match):
-    """2*7/(3*5) is {2*7|3*5}, a fraction; 7/2 stays a division."""
-    bare = match[0].replace("(", "").replace(")", "").replace("/", "|")
-    return f"{{{bare}}}" if sides(match[0]) else match[0]
-
 def typeset(text, language):
     """A stage as LaTeX or MathML."""
-    shown = re.sub(FRACTION, mark_fraction, text.replace("^2", "\u00b2"))
+    text = text.replace("^2", "\u00b2")
+    shown = each_fraction(lambda fraction: f"{{{fraction.translate(BAR)}}}", text)
     for pattern, replacement in language:
         shown = re.sub(pattern, replacement, shown)
     return shown.replace("(", r"\left(").replace(")", r"\right)") if r"\frac" in shown else shown
@@ -1069,7 +1065,6 @@ def explain(line):
     return words, "this is NOT the right answer"
 
 ######## Step 7-4: the page ########################################################################
-# The same in a browser: one page (PAGE, at the end) that loads nothing from anywhere else.
 
 EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)",
             "(x+2)(x-3)", "1/2+1/3", "99999*99999")
@@ -1105,7 +1100,7 @@ class Handler(wsgiref.simple_server.WSGIRequestHandler):
         pass
 
 class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
-    """Serves the page for a model; port 0 takes a free one. Raises InputError."""
+    """Serves PAGE (at the end) for a model; port 0 takes a free one. Raises InputError."""
     request_queue_size, daemon_threads = 128, True
     allow_reuse_address = os.name != "nt"             # on Windows two servers could share a port
 
@@ -1228,9 +1223,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 N_PROBLEMS = 100                                      # held-out problems of each kind, for a row
 
 def batches_of_run(model, optimizers, progress, losses, out, report):
-    """Batches until the run is over or Ctrl-C is pressed. Behind each yield the step is counted; by
-    then its loss is in `losses`. A hundredth of the run is a point of the loss curve; a tenth is a
-    row, and is saved.
+    """For fit (see there): batches until the run is over or Ctrl-C is pressed.
 
     `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes. Each learns from batches of
     its own, and their gradients are averaged (Li et al. 2020, "PyTorch Distributed"). So all take
@@ -1324,8 +1317,7 @@ class RecordedStep:
             rate.fill_(optimizer.param_groups[0]["lr"])
             optimizer.param_groups[0]["lr"] = rate
         B, T = batch[0].shape
-        is_new = T not in self.held
-        if is_new:                                    # room for a whole batch
+        if T not in self.held:                        # room for a whole batch
             rows = max(1, self.model.config.batch_tokens // T)
             self.held[T] = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in batch]
         held = self.held[T]
@@ -1334,21 +1326,20 @@ class RecordedStep:
         held[2][B:] = -100                            # rows that are left over do not count
         if not self.on_gpu:
             return learn(self.model, self.optimizers, *held)
-        if is_new:                                    # once as it is, as PyTorch asks for
-            torch.cuda.synchronize()
-            with torch.cuda.stream(self.stream):
-                loss = learn(self.model, self.optimizers, *held)
-            torch.cuda.synchronize()
-            return loss
-        if T not in self.graphs:
-            self.model.zero_grad()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.memory, self.stream):      # this computes nothing
-                loss = learn(self.model, self.optimizers, *held)
-            self.memory, self.graphs[T] = graph.pool(), (graph, loss)
-        graph, loss = self.graphs[T]
-        graph.replay()
-        return loss.clone()
+        if T in self.graphs:
+            graph, loss = self.graphs[T]
+            graph.replay()
+            return loss.clone()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):          # once as it is, as PyTorch asks for
+            first_loss = learn(self.model, self.optimizers, *held)
+        torch.cuda.synchronize()
+        self.model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.memory, self.stream):      # this computes nothing
+            loss = learn(self.model, self.optimizers, *held)
+        self.memory, self.graphs[T] = graph.pool(), (graph, loss)
+        return first_loss
 
 def fastest_step(model, optimizers):
     """A function step(x, addresses, y) -> the loss."""
@@ -1771,61 +1762,55 @@ def is_true(line):
     return first is not None and set(others) == {first}
 
 ######## Appendix 2: the next stage of the working #################################################
-# A stage is read and written again at the same time. Each operation whose two sides stand there as
-# plain numbers is done, all of them at once; the others are written as they were.
 
 @dataclasses.dataclass
 class Part:
     """A part of a stage while it is written again."""
     text: str                   # how it is written
     binds: int = 3              # 1 a sum, 2 a product or quotient, 3 what stands by itself
-    number: int = None          # its value, if it stands there as a plain number
-    minus: int = 0              # characters at its front that need brackets if they are not first
+    rest: str = ""              # what is written behind the first factor
+    is_given: bool = False      # is it a plain number that stood there already?
     summands: list = None       # of a product or quotient just done: the sum that it became
 
-def plain(n, is_written=False):
-    """A number as a Part. is_written: it stands there already, so it can be worked with."""
-    return Part(str(n), number=n if is_written else None, minus=len(str(n)) if n < 0 else 0)
-
 def combine_parts(sign, a, b):
-    """The operation done, if both sides are plain numbers; else written again."""
+    """The operation done, if both sides stand there as plain numbers; else written as it was."""
     if b is None:
         return negate(a)
-    if a.number is not None and b.number is not None:
-        return calculate(sign, a.number, b.number)
-    if sign in ("+", "-") and b.summands == []:       # 8+0/7 is 8
-        return Part(a.text, a.binds, minus=a.minus)
-    if sign in ("+", "-") and b.summands and not all(map(str.isdigit, b.summands)):
-        return Part(sign.join([a.text, *b.summands]), 1, minus=a.minus)          # 70+8+37/23
-    return join_parts(sign, a, b)
+    if not (a.is_given and b.is_given):
+        return join_parts(sign, a, b)
+    m, n = int(a.text), int(b.text)
+    if sign in ("+", "-"):
+        signed = n if sign == "+" else -n             # signs are a stage of their own: 5-(-3)=5+3
+        return Part(f"{m}{signed:+}", 1) if n < 0 else Part(str(m + signed))
+    if m * n and min(m, n) < 0:                       # -4*27=-(4*27), -3*(-4)=3*4
+        unsigned = Part(f"{abs(m)}{sign}{abs(n)}", 2)
+        return unsigned if m * n > 0 else negate(unsigned)
+    summands = multiply(abs(m), abs(n)) if sign == "*" else divide(abs(m), abs(n))
+    if len(summands) > 1:
+        return Part("+".join(summands), 1, summands=summands)
+    text = "".join(summands) or "0"
+    return Part(text, 2 if "/" in text else 3, summands=summands)
 
 def join_parts(sign, a, b):
     """The operation as it is written, with the brackets that it needs."""
-    binds = 1 if sign in ("+", "-") else 2
+    is_sum = sign in ("+", "-")
+    if is_sum and b.summands == []:                   # 8+0/7 is 8
+        return Part(a.text, a.binds, a.rest)
+    if is_sum and b.summands and not all(map(str.isdigit, b.summands)):
+        return Part(sign.join([a.text, *b.summands]), 1)         # 70+8+37/23
+    binds = 1 if is_sum else 2
     left = a.text if a.binds >= binds else f"({a.text})"
-    right = f"({b.text[:b.minus]}){b.text[b.minus:]}" if b.minus else b.text
-    right = right if b.binds > binds else f"({b.text})"
-    return Part(left + sign + right, binds, minus=a.minus if a.binds >= binds else 0)
+    right = b.text if b.binds > binds else f"({b.text})"
+    if right.startswith("-"):                         # 5+(-3)*4
+        right = f"({right.removesuffix(b.rest)}){b.rest}"
+    return Part(left + sign + right, binds, a.rest + sign + right)
 
 def negate(a):
     if re.fullmatch("-?[0-9]+", a.text):
-        return plain(-int(a.text), a.number is not None)
+        return Part(str(-int(a.text)), is_given=a.is_given)
     if a.summands and "/" in a.text:                  # -(70+221/23) is -70-221/23
-        return Part("-" + "-".join(a.summands), 1, minus=1 + len(a.summands[0]))
-    text = f"-{a.text}" if sides(a.text) else f"-({a.text})"
-    return Part(text, minus=len(text))
-
-def calculate(sign, a, b):
-    if sign in ("+", "-") and b < 0:                  # signs are a stage of their own: 5-(-3)=5+3
-        return Part(f"{a}{'-' if sign == '+' else '+'}{-b}", 1, minus=plain(a).minus)
-    if sign in ("+", "-"):
-        return plain(a + b if sign == "+" else a - b)
-    if a * b < 0 or a < 0 and b < 0:                  # -4*27=-(4*27)
-        unsigned = Part(f"{abs(a)}{sign}{abs(b)}", 2)
-        return unsigned if a * b > 0 else negate(unsigned)
-    summands = multiply(abs(a), abs(b)) if sign == "*" else divide(abs(a), abs(b))
-    binds = 1 if len(summands) > 1 else 2 if "/" in "".join(summands) else 3
-    return Part("+".join(summands) or "0", binds, summands=summands)
+        return Part("-" + "-".join(a.summands), 1)
+    return Part(f"-{a.text}" if sides(a.text) else f"-({a.text})")
 
 def multiply(a, b):
     """The summands of a product. One digit times two, with zeros behind or not, is done at once;
@@ -1867,6 +1852,10 @@ def sides(text):
     above, below = ([int(n) for n in re.findall("[0-9]+", side)] for side in text.split("/"))
     return (above, below) if 0 < math.prod(above) < math.prod(below) else None
 
+def each_fraction(change, text):
+    """The text with change(fraction) for each fraction below 1; 7/2 stays a division."""
+    return re.sub(FRACTION, lambda match: change(match[0]) if sides(match[0]) else match[0], text)
+
 def prime_factors(n):
     """84 -> [2, 2, 3, 7], 1 -> []. What has no factor below 10,000 stays whole."""
     p = next((p for p in range(2, min(n, 10_000)) if n % p == 0), n)
@@ -1890,16 +1879,11 @@ def simplify(fraction):
 
 def rewrite(text):
     """The next stage of working with numbers; the same text at the end."""
-    fractions = []                                    # each below 1 is read as a letter: f0, f1
-
-    def name(match):
-        fractions.append(match[0])
-        return f"f{len(fractions) - 1}" if sides(match[0]) else match[0]
-
-    def make(token):
-        is_number = isinstance(token, int)
-        return plain(token, True) if is_number else Part(simplify(fractions[int(token[1:])]), 2)
-    return read(re.sub(FRACTION, name, text), make, combine_parts).text
+    def make(token):                                  # a number, or a fraction in quotes
+        if isinstance(token, int):
+            return Part(str(token), is_given=True)
+        return Part(simplify(token), 2)
+    return read(each_fraction(repr, text), make, combine_parts).text
 
 def rewrite_letters(text):
     """The next stage with letters: multiply out, or sort, or add what is alike; the first that
@@ -1938,28 +1922,35 @@ def count_signs(problem):
     """How many operators stand between two things: 2 in -1+2*(-3)."""
     return len(re.findall("(?<=[0-9)xy])[-+*/]", problem))
 
-def draw_tree(rng, n, signs, lengths, negative):
-    """An expression with n operators: (Part, value). Its values have four digits at most, and its
-    divisions come out even. lengths: how often a number has 1, 2, 3, 4 digits.
+def drawn_value(sign, a, b):
+    """The value of an operation. Infinite means that it is never drawn: the value has more than
+    four digits, the divisor more than two, or the division does not come out even.
     """
+    if b is None:
+        return -a
+    if sign == "/":
+        return a // b if 0 < abs(b) < 100 and a % b == 0 else math.inf
+    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return value if abs(value) <= 9999 else math.inf
+
+def draw_tree(rng, n, signs, lengths, negative):
+    """n operators: (Part, value). lengths: how often a number has 1, 2, 3, 4 digits."""
     if n == 0:
         value = draw_number(rng, rng.choices((1, 2, 3, 4), lengths)[0])
         value *= -1 if rng.random() < negative else 1
-        return plain(value), value
+        return Part(str(value)), value
     while True:
         sign, n_left = rng.choice(signs), rng.randrange(n)
         left, a = draw_tree(rng, n_left, signs, lengths, negative)
         right, b = draw_tree(rng, n - 1 - n_left, signs, lengths, negative)
         if sign == "/" and n_left == 0:               # choose the dividend to suit the divisor
             a = b * draw_number(rng, rng.choice((1, 1, 2)))
-            left = plain(a)
+            left = Part(str(a))
         elif sign == "/" and n_left == n - 1:         # or the divisor to suit the dividend
             b = rng.choice([d for d in range(1, 100) if a % d == 0])
-            right = plain(b)
-        if sign == "/" and (not 0 < abs(b) < 100 or a % b != 0):
-            continue
-        value = {"+": a + b, "-": a - b, "*": a * b, "/": a // (b or 1)}[sign]
-        if abs(value) <= 9999 and abs(a) <= 9999:
+            right = Part(str(b))
+        value = drawn_value(sign, a, b)
+        if math.isfinite(value):
             break
     needed = 1 if sign in ("+", "-") else 2
     if needed <= left.binds < 3 and rng.random() < 0.06:         # people write more than are needed
@@ -1971,20 +1962,9 @@ def draw_tree(rng, n, signs, lengths, negative):
 
 def is_expression(problem):
     """Could draw_expression have drawn it? (Brackets more or less do not count.)"""
-    def combine(sign, a, b):
-        if sign == "/" and abs(b[0][0]) > 99:
-            raise InputError("drawn divisors have two digits")
-        value = sum(n for n, _ in combine_terms(sign, a, b))
-        if value % 1 or abs(value) > 9999:
-            raise InputError("drawn values are whole numbers of four digits")
-        return [(value, "")]
-
     if not 2 <= count_signs(problem) <= 6 or longest_number(problem) > 4:
         return False
-    try:
-        return bool(read(problem, make_terms, combine))
-    except InputError:
-        return False
+    return math.isfinite(read(problem, int, drawn_value))
 
 def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2),
                     negative=0.04):

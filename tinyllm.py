@@ -1812,21 +1812,23 @@ def negate(a):
         return Part("-" + "-".join(a.summands), 1)
     return Part(f"-{a.text}" if sides(a.text) else f"-({a.text})")
 
+def places(n):
+    """345 -> [300, 40, 5], and 306 -> [300, 6]"""
+    return [int(digit) * 10 ** i for i, digit in enumerate(str(n)[::-1]) if digit != "0"][::-1]
+
 def multiply(a, b):
     """The summands of a product. One digit times two, with zeros behind or not, is done at once;
     the rest is split by place: 345*27 is 345*20+345*7, and 345*20 is 6000+900.
     """
-    by_place = [[int(d) * 10 ** (len(str(n)) - 1 - i) for i, d in enumerate(str(n)) if d != "0"]
-                for n in (a, b)]                      # 345 -> [300, 40, 5]
-    few, many = sorted(by_place, key=len)
+    few, many = sorted((places(a), places(b)), key=len)
     if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
         return [str(a * b)]
     if len(few) == 1:
         rest = multiply(sum(many[1:]), few[0])
         return [str(many[0] * few[0]), rest[0] if len(rest) == 1 else f"({'+'.join(rest)})"]
-    if few is by_place[0] and len(few) < len(many):
-        return [f"{part}*{b}" for part in few]
-    return [f"{a}*{part}" for part in by_place[1]]
+    if len(places(a)) < len(places(b)):
+        return [f"{part}*{b}" for part in places(a)]
+    return [f"{a}*{part}" for part in places(b)]
 
 def divide(a, b):
     """The summands of a quotient. A multiple of the divisor is taken off, a digit with zeros:

@@ -44,7 +44,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no C
 PROGRAM = [sys.executable, str(HERE / "tinyllm.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = dict(n_layer=2, n_head=2, head_dim=24, n_embd=32, block_size=128)
-TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_tokens", "512"]
+TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_tokens", "128"]
 
 def small_model(**changes):
     """An untrained model with random weights everywhere: fresh blocks add nothing, which would hide mistakes."""
@@ -313,7 +313,7 @@ def test_one_batch_is_learned_by_heart():
     model = TinyLLM(config)
     optimizers = tinyllm.make_optimizers(model, config)
     batch = batches(config, 1)[0]
-    assert min(tinyllm.learn(model, optimizers, *batch) for _ in range(200)) < 0.02
+    assert any(tinyllm.learn(model, optimizers, *batch) < 0.02 for _ in range(200))
 
 def test_every_weight_is_trained_once():
     """Muon and AdamW share the weights: none twice, none forgotten; without Muon AdamW has all."""
@@ -499,7 +499,7 @@ def test_two_processes_are_one_run_with_a_larger_batch(tmp_path):
     """torchrun and `train`: both end with the same weights, those of one process that learns from both batches, and they
     learn from different problems, none of them held out; one prints and saves, and its checkpoint is like any other."""
     (tmp_path / "part.py").write_text(PART, encoding="utf-8")
-    program = [*TORCHRUN, "part.py", "train", "--steps", "3", "--out", "model.pt", *TINY]
+    program = [*TORCHRUN, "part.py", "train", "--steps", "3", "--out", "model.pt", *TINY, "--batch_tokens", "512"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=200, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0 and done.stdout.count("Before training") == 1, done.stderr
@@ -571,7 +571,7 @@ def test_greedy_decoding_in_a_batch():
 def test_answers_do_not_depend_on_company_or_order():
     """A problem gets the same line alone, among others, and in any order."""
     model = small_model()
-    problems = [line.split("=")[0] for kind in tinyllm.KINDS for line in lines(kind, 6) if len(line) < 90]
+    problems = [line.split("=")[0] for kind in tinyllm.KINDS for line in lines(kind, 4) if len(line) < 90]
     together = tinyllm.solve(model, problems)
     assert together == [tinyllm.solve(model, [problem])[0] for problem in problems]
     assert together[::-1] == tinyllm.solve(model, problems[::-1], batch_size=7)

@@ -571,7 +571,7 @@ def test_greedy_decoding_in_a_batch():
 def test_answers_do_not_depend_on_company_or_order():
     """A problem gets the same line alone, among others, and in any order."""
     model = small_model()
-    problems = [line.split("=")[0] for kind in tinyllm.KINDS for line in lines(kind, 4) if len(line) < 90]
+    problems = [line.split("=")[0] for kind in tinyllm.KINDS for line in lines(kind, 6) if len(line) < 90]
     together = tinyllm.solve(model, problems)
     assert together == [tinyllm.solve(model, [problem])[0] for problem in problems]
     assert together[::-1] == tinyllm.solve(model, problems[::-1], batch_size=7)
@@ -844,10 +844,10 @@ def test_ask_shows_and_checks_each_stage(checkpoint):
     ("train --steps many", "invalid int"), ("train --seed 99999999999999999999", "--seed"),
     ("train --weight_decay nan", "--weight_decay"), ("train --flat 1", "--flat"),
     ("train --kinds add,calculus", "add sub mul div expr algebra"), ("train --head_dim 20", "multiple of 8"),
-    ("train --out .", "file"), ("train --block_size 32", "longest lines"), ("eval --problems 0", "--problems"),
-    ("train --batch_tokens 64", "--batch_tokens"), ("train --n_embd 1000000000000", "no memory"), ("serve --host a..b", "cannot serve"),
+    ("train --out .", "file"), ("train --block_size 32", "too short"), ("eval --problems 0", "--problems"),
+    ("train --batch_tokens 64", "--batch_tokens 64 is too short"), ("train --n_embd 1000000000000", "no memory"),
     ("eval --target 95", "0 to 1"), ("data --count -1", "--count"), ("serve --host no.such.host", "no.such.host"),
-    ("train --out /dev/null --force", "plain file"), ("ask 1 --device cuda:7", "no such device")])
+    ("serve --host a..b", "cannot serve"), ("train --out /dev/null --force", "plain file"), ("ask 1 --device cuda:7", "no such device")])
 def test_errors_are_sentences(args, words, checkpoint, capsys):
     """Bad input: one line on stderr that says what to do; status 2, and nothing is written."""
     args = args.split()

@@ -214,7 +214,7 @@ def decode(ids, ones_first=True):
 # speed: fast ones tell neighbours apart but soon come round again, slow ones near from far.
 
 def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: from 2 to 2 / base."""
+    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
     angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
     return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
@@ -362,7 +362,7 @@ class CausalSelfAttention(nn.Module):
             cache[:] = k, v                                                       # (B, S, H, D)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))           # (B, H, T or S, D)
         y, weights = attention(q, k, v)                                           # (B, H, T, D)
-        self.weights = None if self.training else weights    # True until model.eval()
+        self.weights = None if self.training else weights  # training ends at model.eval()
         return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
 class Block(nn.Module):
@@ -1230,11 +1230,9 @@ def batches_of_run(model, optimizers, progress, losses, out, report):
     the same step and stay equal: one run with a batch twice as large.
     """
     presses = []                                      # of Ctrl-C, which waits for the end of a step
-
     def wait(*_):
         presses.append(1)
         os.write(2, b" stopping ...\n")
-
     previous = signal.signal(signal.SIGINT, wait)
     model.train()
     config, device = model.config, model.output.weight.device
@@ -1308,7 +1306,7 @@ class RecordedStep:
         self.held, self.graphs, self.memory = {}, {}, None
         self.stream = torch.cuda.Stream() if self.on_gpu else None
         for optimizer in optimizers:
-            optimizer.param_groups[0]["capturable"] = self.on_gpu
+            optimizer.param_groups[0]["capturable"] = self.on_gpu          # AdamW asks for it
             for state in optimizer.state.values():    # of a resumed run: AdamW's count of steps
                 state.update({name: tensor.to(device) for name, tensor in state.items()})
 
@@ -1352,7 +1350,7 @@ def fastest_step(model, optimizers):
 def ignore_ctrl_c(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # it is the main process that saves
 
-# they send bytes, as tensors need shared memory, of which a container has little
+# Helpers send bytes, as tensors need shared memory, of which a container has little.
 HELPERS = {"num_workers": min(8, os.cpu_count() or 1), "collate_fn": pickle.dumps,
            "worker_init_fn": ignore_ctrl_c}
 
@@ -1372,9 +1370,9 @@ def check_config(config):
     rng = random.Random(0)
     problems = [draw_problem(kind, rng, False) for kind in kinds for _ in range(200)]
     longest = max(len(solve_by_rules(problem, config.working)) for problem in problems)
-    for name in ("block_size", "batch_tokens"):
-        if longest >= getattr(config, name):
-            raise InputError(f"--{name} must be more than {longest}, for the longest lines")
+    for name, given in (("block_size", config.block_size), ("batch_tokens", config.batch_tokens)):
+        if longest >= given:
+            raise InputError(f"--{name} {given} is too short for a line of {longest}")
 
 def command_train(out: str = "", minutes: float = None, quick: bool = False,
                   resume: bool = False, force: bool = False, device: str = "auto", **config):
@@ -1585,7 +1583,8 @@ def command_data(kind: str = "", split: str = "train", count: int = 10, seed: in
 def has_fast_bfloat16(device):
     """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
     able = torch.cpu.get_capabilities()
-    return device == "cuda" or device == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16")))
+    is_fast = able.get("avx512_bf16") or able.get("amx_bf16") or False
+    return device == "cuda" or device == "cpu" and is_fast
 
 def pick_device(name):
     """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError."""
@@ -1655,7 +1654,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):        # as `head -1` does
             return 0
-        print(f"tinyllm: cannot write: {error}", file=sys.stderr)
+        print(f"tinyllm: input or output failed: {error}", file=sys.stderr)
         return 2
 
 ######## Appendix 1: what a stage is worth #########################################################
@@ -1820,15 +1819,16 @@ def multiply(a, b):
     """The summands of a product. One digit times two, with zeros behind or not, is done at once;
     the rest is split by place: 345*27 is 345*20+345*7, and 345*20 is 6000+900.
     """
-    few, many = sorted((places(a), places(b)), key=len)
+    first, second = places(a), places(b)
+    few, many = sorted((first, second), key=len)
     if not few or len(few) == 1 and (len(many) <= 2 or str(few[0])[0] == "1"):
         return [str(a * b)]
     if len(few) == 1:
         rest = multiply(sum(many[1:]), few[0])
         return [str(many[0] * few[0]), rest[0] if len(rest) == 1 else f"({'+'.join(rest)})"]
-    if len(places(a)) < len(places(b)):
-        return [f"{part}*{b}" for part in places(a)]
-    return [f"{a}*{part}" for part in places(b)]
+    if len(first) < len(second):
+        return [f"{part}*{b}" for part in first]
+    return [f"{a}*{part}" for part in second]
 
 def divide(a, b):
     """The summands of a quotient. A multiple of the divisor is taken off, a digit with zeros:

@@ -20,7 +20,7 @@ so a line can be checked exactly: when training data are made, and after the mod
 The tutorial needs Python and a little linear algebra, and no machine learning. Its map:
 
     Step 1  PyTorch in five facts     tensors, NumPy, gradients, modules, the optimizer
-    Step 2  What an LLM is            it predicts the next token
+    Step 2  What an LLM is            it predicts the next token; the smallest language model
     Step 3  The model                 tokenizer, embeddings, attention, the Transformer
     Step 4  The data                  problems and their working, and what is learned from a line
     Step 5  Training                  the loss, the optimizers, the loop, saving
@@ -40,33 +40,46 @@ Glossary, to come back to when a name is new, each with an example:
     logits     (B, T, V)                   a score for each token that might come next
 """
 
+import argparse
+import contextlib
 import dataclasses
 import functools
+import html
+import http.server
+import inspect
 import itertools
 import math
 import os
-import pickle
 import random
 import re
-import signal
 import sys
+import threading
 import time
+import unicodedata
+import urllib.parse
 import warnings
 import zlib
+from fractions import Fraction
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # NumPy is not needed
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C ends it quietly while torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads soon sleep, for other programs
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")      # idle threads soon free the CPU
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")             # and less memory is kept
 import torch                                                                      # noqa: E402
+import torch.distributed as dist                                                  # noqa: E402
 import torch.nn as nn                                                             # noqa: E402
 import torch.nn.functional as F                                                   # noqa: E402
-from torch.utils.data import DataLoader, Dataset                                  # noqa: E402
+
+IS_SHARED = dist.is_available() and dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if IS_SHARED else 0   # of several processes (Step 5-2), this one
+DEVICE = "cpu"                                                   # or a GPU, if there is one
+if torch.cuda.is_available():
+    DEVICE = f"cuda:{os.environ['LOCAL_RANK'] if IS_SHARED else 0}"
 
 ######## Step 1: PyTorch in five facts #############################################################
 
 def five_facts():
-    """PyTorch computes with tensors and finds gradients. What you need of it, or nearly:
+    """PyTorch computes with tensors and finds gradients. Here is nearly all that you need of it.
+    (This function does nothing; the tests run the examples in it, so they are true.)
 
     Fact 1. A tensor is a block of numbers with a shape, one type (dtype) and a device (CPU or GPU).
 
@@ -80,8 +93,10 @@ def five_facts():
             [14.,  5.,  6.]])
     >>> (a * torch.ones(2, 1)).shape                  # and an axis of size 1 is repeated
     torch.Size([2, 3])
-    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape    # a new axis 1
+    >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape    # last: a new axis
     (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
+    >>> a.unflatten(-1, (3, 1)).shape                 # the last axis, 3, becomes two, 3 and 1
+    torch.Size([2, 3, 1])
     >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # each e^x over their sum; -1: the last axis
     tensor([0.0900, 0.2447, 0.6652])
     >>> a.add_(1).sum()                               # a name that ends in _ changes the tensor
@@ -90,21 +105,21 @@ def five_facts():
     Fact 2. A tensor and a NumPy array can share their memory: torch.from_numpy(array) and
     tensor.numpy() copy nothing. (Nothing below needs NumPy.)
 
-    Fact 3. Of a tensor with requires_grad, PyTorch records all that is done with it, except under
-    no_grad() and inference_mode(). backward() follows the record back and finds the gradient: how
-    the result changes when the tensor changes a little. By hand: the derivative of w^2 + 3w is
-    2w + 3, which is 7 at w = 2.
+    Fact 3. The gradient says how a result changes when a tensor changes a little. Mark the tensor
+    with requires_grad. Then PyTorch keeps a record of what you compute from it, and backward()
+    follows the record from the result back to the tensor. By hand: the derivative of w^2 + 3w is
+    2w + 3, which is 7 at w = 2. (Under no_grad() and inference_mode() nothing is recorded.)
 
     >>> w = torch.tensor(2.0, requires_grad=True)
     >>> (w ** 2 + 3 * w).backward()
     >>> w.grad
     tensor(7.)
 
-    Fact 4. A network is a class, an nn.Module. What its __init__ assigns to self, layers or
-    Parameters, holds the weights, which are learned: mostly random numbers at first. You write its
+    Fact 4. A network is a class, an nn.Module. Its __init__ assigns layers and Parameters to self.
+    They hold the weights: numbers that will be learned, mostly random at first. You write its
     forward(x); module(x) calls it. Two layers do most of the work:
 
-    >>> layer = nn.Linear(3, 2, bias=False)           # y = x W^T, with W of shape (2, 3)
+    >>> layer = nn.Linear(3, 2, bias=False)           # y = x W^T (bias: + b); W has shape (2, 3)
     >>> table = nn.Embedding(21, 128)                 # a table: number i becomes row i
     >>> layer(a).shape, table(torch.tensor([8, 11])).shape, [p.shape for p in layer.parameters()]
     (torch.Size([2, 2]), torch.Size([2, 128]), [torch.Size([2, 3])])
@@ -123,8 +138,13 @@ def five_facts():
 
 ######## Step 2: what an LLM is ####################################################################
 # A text is cut into tokens; here a token is one character. The vocabulary is the list of all
-# tokens. A language model does one thing: it reads the tokens so far and gives each token of the
-# vocabulary a probability to come next. The probability of a whole text is the product of these:
+# tokens. The place of a token in it, counted from 0, is its id.
+
+VOCAB = "\n0123456789+-*/()=xy^"        # the newline, token 0, ends a line and pads short ones
+ID = {character: i for i, character in enumerate(VOCAB)}
+
+# A language model does one thing: it reads the tokens so far and gives each token of the vocabulary
+# a probability to come next. The probability of a whole text is the product of these:
 #
 #     P(t1 t2 t3) = P(t1) * P(t2 after t1) * P(t3 after t1 t2)
 #
@@ -138,14 +158,44 @@ def five_facts():
 #
 # Writing goes one token at a time, because the next one is not known yet. In training the whole
 # text is known. So all positions are predicted at once, and a mask hides from each what follows.
-#
-# What happens inside, with the shape of the numbers at each place:
+
+def smallest_model():
+    r"""The smallest language model is a table of 21 x 21 scores. The softmax of row i says how
+    probable each token is after token i.
+
+    >>> text = "".join(f"{a}+{b}={a + b}\n" for a in range(10) for b in range(a, 10))
+    >>> ids = torch.tensor([ID[character] for character in text])
+    >>> table = nn.Embedding(21, 21)
+    >>> _ = nn.init.zeros_(table.weight)              # at first all scores are 0
+    >>> optimizer = torch.optim.SGD(table.parameters(), lr=10)         # the gradients are tiny
+    >>> for step in range(201):
+    ...     loss = F.cross_entropy(table(ids[:-1]), ids[1:])   # softmax, then -ln P of the next
+    ...     if step % 100 == 0:
+    ...         print(f"step {step}: loss {loss.item():.2f}")
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    step 0: loss 3.04
+    step 100: loss 1.68
+    step 200: loss 1.66
+    >>> written = "7+8="
+    >>> while written[-1] != "\n" and len(written) < 12:
+    ...     scores = table.weight[ID[written[-1]]]
+    ...     written += VOCAB[scores.argmax()]         # argmax: the position of the largest
+    >>> written
+    '7+8=1+9=1+9='
+
+    It has learned what may follow what, but not to add: it sees the last token alone. To add it
+    must look back, at the 7 and the 8. That is what attention is for.
+    """
+
+# What happens inside an LLM, with the shape of the numbers at each place:
 #
 #     ids    (B, T)      B texts of T tokens each: "7+8=" is 8, 11, 9, 17
 #       |
 #     embedding          Each id becomes a vector of C numbers, a row of a table. The rows are
 #       |                learned: tokens that behave alike end up with vectors that are alike.
-#     block  x n_layer   Attention: a token LOOKS at itself and at earlier ones and takes what it
+#     n_layer blocks     Attention: a token LOOKS at itself and at earlier ones and takes what it
 #       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
 #       |                key agree, the value flows to the asker. All three are D numbers: the
@@ -157,9 +207,9 @@ def five_facts():
 #       |
 #     logits (B, T, V)   at every position
 #
-# This is a decoder-only Transformer: it only continues a text. (GPT: generative pre-trained
-# Transformer.) A model of n_layer blocks has n_layer moments of thought for each token. What takes
-# more must be written down and read again. So our model writes its working.
+# This is a decoder-only Transformer, a GPT: it only continues a text. With n_layer blocks it can
+# look and think n_layer times for each token. What takes more must be written down and read again.
+# So our model writes its working.
 #
 # A chat model such as ChatGPT is the same machine, first trained with the same loss. But its tokens
 # are pieces of words, some 100,000 of them; it has many thousand times more weights and data; it is
@@ -167,13 +217,11 @@ def five_facts():
 # its probability (sampling), where ours takes the likeliest.
 
 ######## Step 3-1: the tokenizer ###################################################################
-# encode and decode reverse each number, and nothing else does: the model reads and writes 408 as 8,
-# 0, 4. A carry runs from the ones upward. So each digit of a sum is written when all that it
-# depends on is known. (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters are
-# reversed with their number: 48x is x, 8, 4. So when the 8 is read, it is known to count x.
+# encode and decode alone reverse each number: the model reads and writes 408 as 8, 0, 4. A carry
+# runs from the ones upward. So each digit of a sum is written when all that it depends on is known.
+# (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters are reversed with their
+# number: 48x is x, 8, 4. So when the 8 is read, it is known to be a number of x's.
 
-VOCAB = "\n0123456789+-*/()=xy^"        # the newline, token 0, ends a line and fills up short ones
-ID = {character: i for i, character in enumerate(VOCAB)}
 END = ID["\n"]
 EQUALS = ID["="]
 DIGITS = range(ID["0"], ID["9"] + 1)
@@ -186,89 +234,94 @@ def reverse_numbers(text):
     """
     return re.sub("[0-9xy^]+", lambda match: match[0][::-1], text)
 
-def encode(text, ones_first=True):
+def encode(text):
     """Text to a list of token ids.
 
     >>> encode("7+8="), encode("12+3")                # 12 is read as 2, 1
     ([8, 11, 9, 17], [3, 2, 11, 4])
     """
-    return [ID[character] for character in (reverse_numbers(text) if ones_first else text)]
+    return [ID[character] for character in reverse_numbers(text)]
 
-def decode(ids, ones_first=True):
+def decode(ids):
     """Token ids to text, the inverse of encode."""
-    text = "".join(VOCAB[i] for i in ids)
-    return reverse_numbers(text) if ones_first else text
+    return reverse_numbers("".join(VOCAB[i] for i in ids))
 
 ######## Step 3-2: embeddings: what a token is, and where it stands ################################
-# Attention sees order by its mask alone (what is hidden), so it must be told where tokens stand.
-# Most LLMs number the tokens of a text: 0, 1, 2, 3. We call that number the column. They bring it
-# into attention by RoPE, rotary position embedding (Su et al. 2021, "RoFormer"). Attention asks by
-# a dot product how well a key and a query agree. A key k at column a is turned by a rotation R_a, a
-# query q at column b by R_b. Turning both back by R_a changes neither lengths nor the angle, so
-#
-#     (R_a k) . (R_b q)  =  k . (R_(b-a) q)
-#
-# depends on the distance b - a alone. Which distance agrees best, q and k have to learn. To turn a
-# vector, its numbers are taken in pairs, each pair as a point of the plane, that is a complex
-# number, and multiplied by e^(i * angle), where the angle is column * speed. Each pair has its own
-# speed: fast ones tell neighbours apart but soon come round again, slow ones near from far.
-
-def rotations(where, n_pairs, base):
-    """The turns of RoPE: where (B, T) -> (B, T, n_pairs), complex. Speeds: 2 towards 2 / base."""
-    speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
-    angle = where.unsqueeze(-1) * speed                                           # (B, T, n_pairs)
-    return torch.polar(torch.ones_like(angle), angle)                             # e^(i * angle)
-
-def rotate(x, turns):
-    """Turn the vectors of all H heads (Step 3-3) alike: x (B, T, H, D), turns (B, T, 1, D/2) ->
-    (B, T, H, D).
-    """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, T, H, D/2)
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)              # (B, T, H, D)
-
-# For a calculation there is something better than a column: an address, like a cell of a table.
+# Attention sees what stands before a token, but not how far away: it must be told. Most LLMs number
+# the tokens of a text. For a calculation there is something better, an address as in a table:
 #
 #     stage   how many "=" stand before the token
-#     slot    how many tokens other than digits stand before it in its stage: each ends a slot
+#     slot    how many non-digits stand before it in its stage (each ends a slot)
 #     place   which character of its slot it is: in a number the ones have place 1, the tens place 2
 #             (McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings")
 #
-# An address depends on the tokens to the left. So nothing leaks from the future, and the address of
-# the token that comes next is known before that token is written. We carry the column along for the
-# option --no-place, which uses it alone.
+# So a number and the sign behind it share a slot: in 12+345 the "+" has slot 0 and place 3. An
+# address depends on the tokens to the left alone, so that of the next token is known beforehand.
 
 def next_address(address, token):
-    """A token's address (column, stage, slot, place) and its id -> the next token's address."""
-    column, stage, slot, place = address
+    """A token's address (stage, slot, place) and its id -> the next token's address."""
+    stage, slot, place = address
     if token == EQUALS:
-        return column + 1, stage + 1, 0, 1
+        return stage + 1, 0, 1
     if token in DIGITS:
-        return column + 1, stage, slot, place + 1
-    return column + 1, stage, slot + 1, 1
+        return stage, slot, place + 1
+    return stage, slot + 1, 1
 
 def find_addresses(ids):
     """The address of each token and of the one to come: T ids -> T + 1 addresses.
 
-    >>> addresses = find_addresses(encode("12+345=357"))
-    >>> for name, numbers in zip(("column", "stage", "slot", "place"), zip(*addresses)):
-    ...     print(f"{name:6}", *(f"{n:2}" for n in numbers))     # 2 1 + 5 4 3 = 7 5 3 and the next
-    column  0  1  2  3  4  5  6  7  8  9 10
-    stage   0  0  0  0  0  0  0  1  1  1  1
-    slot    0  0  0  1  1  1  1  0  0  0  0
-    place   1  2  3  1  2  3  4  1  2  3  4
+    >>> ids = encode("12+345=357")
+    >>> print("token ", *(VOCAB[i] for i in ids), "(next)")
+    token  2 1 + 5 4 3 = 7 5 3 (next)
+    >>> for name, numbers in zip(("stage", "slot", "place"), zip(*find_addresses(ids))):
+    ...     print(f"{name:6}", *numbers)
+    stage  0 0 0 0 0 0 0 1 1 1 1
+    slot   0 0 0 1 1 1 1 0 0 0 0
+    place  1 2 3 1 2 3 4 1 2 3 4
     """
-    addresses = [(0, 0, 0, 1)]
+    addresses = [(0, 0, 1)]
     for token in ids:
         addresses.append(next_address(addresses[-1], token))
     return addresses
 
-# The model uses addresses in two ways, and both ask about the NEXT token, as that one must be
-# found. First, slot and place have embeddings: those of the next token's address are added to each
-# token's vector. Second, RoPE: a key is turned by the address of its own token, a query by that of
-# the next token. Of its pairs, some turn by stage, some by slot, some by place. To write the 5 of
-# 357, the query has place 2, and so have the keys of the tens, 1 and 4: they are at distance 0.
-# (The stage has no embedding: all that matters of it is a distance, "one stage earlier".)
+# The model uses addresses in two ways, and both ask about the NEXT token, the one that is wanted.
+# First, slot and place have embeddings: those of the next token's address are added to each token's
+# vector. Second, attention compares addresses. A query has the address of the token that is to be
+# written, a key that of its own token, and a head can learn to look where stage, slot or place is
+# equal. Here the 7 has been read, and the 5 is to be written, at place 2:
 #
+#     token   2  1  +  5  4  3  =  7     the query asks for place 2
+#     place   1  2  3  1  2  3  4  1
+#                ^        ^              the keys with place 2: the tens of both numbers, 1 and 4
+#
+# How can a dot product compare addresses? By RoPE, rotary position embedding (Su et al. 2021,
+# "RoFormer"). The numbers of a query or key are taken in pairs, each pair as a point of the plane,
+# and turned round the origin: a key at place a by a * speed, a query at place b by b * speed. To
+# turn both by the same angle would not change their dot product. So the places count only by their
+# distance b - a. Where the unturned pairs point the same way, the product is largest at distance 0.
+# Some pairs turn by place, some by slot, some by stage, each at its own speed: a fast one tells
+# neighbours apart but soon comes full circle, a slow one tells near from far.
+
+def angles(where, n_pairs, base):
+    """How far pairs turn by stage, slot or place: where (B, T) -> (B, T, n_pairs). The first turns
+    by 2 radians a step, each next one by less, towards 2 / base.
+    """
+    speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
+    return where.unsqueeze(-1) * speed                                            # (B, T, n_pairs)
+
+def rotate(x, turns):
+    """Turn the pairs of vectors: x (..., D), turns (2, ..., D/2), cosines and sines -> (..., D).
+
+    Numbers i and i + D/2 are a pair. The point (1, 0), turned by a right angle, is (0, 1):
+
+    >>> right_angle = torch.tensor([[0.0], [1.0]])    # its cosine and its sine
+    >>> rotate(torch.tensor([1.0, 0.0]), right_angle)
+    tensor([0., 1.])
+    """
+    a, b = x.chunk(2, dim=-1)                         # the first and the second half
+    cos, sin = turns
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
 # A model that has only seen up to ten digits learns that a number ends at place 10, and fails at
 # place 11. So in training each line numbers its places in its own way, with gaps: 1, 2, 3 or 1, 3,
 # 4 or 1, 3, 5. Ten digits then reach up to place 19, and a place means little but "the same" and
@@ -277,25 +330,25 @@ def find_addresses(ids):
 
 def with_gaps(addresses, gap, rng):
     """Number the places of a line anew, for all its numbers alike: each 1 to `largest` above the
-    one before. `largest` is drawn for each line, from 1 (no gaps, as when it answers) to `gap`.
+    one before. `largest` is 1 (no gaps, as in answers) to `gap`. rng: Python's random generator.
     """
     largest = rng.randint(1, gap)
     new = [0, 1]                                      # there is no place 0, and place 1 stays 1
     for _ in range(max(place for *_, place in addresses)):
         new.append(new[-1] + rng.randint(1, largest))
-    return [(column, stage, slot, new[place]) for column, stage, slot, place in addresses]
+    return [(stage, slot, new[place]) for stage, slot, place in addresses]
 
 ######## Step 3-3: attention, MLP, block ###########################################################
 
 def attention(q, k, v):
-    """Causal attention: queries q (..., T, D), keys k and values v (..., S, D) -> y (..., T, D) and
-    attention weights (..., T, S). Without a cache (see below) S is T.
+    """Causal attention: queries q, keys k and values v, each (..., T, D) -> y (..., T, D) and what
+    each query looked at, looks (..., T, T).
 
-    The score of a query and a key is their dot product: how well they agree. As a sum of D products
-    of either sign it grows like sqrt(D), so it is divided by that: with large scores a token would
-    look at one alone. A causal mask sets the scores of later tokens to minus infinity. Softmax
-    turns a row of scores into weights with the sum 1 (computed, not learned), and the values are
-    mixed by these. (Vaswani et al. 2017, "Attention Is All You Need".) Three tokens, D = 2:
+    The score of a query and a key is their dot product: how well they agree. A sum of D products,
+    some positive, some negative, is of about the size sqrt(D). So it is divided by that: with large
+    scores a token would look at one alone. A causal mask sets the scores of later tokens to minus
+    infinity. Softmax turns a row of scores into looks, numbers with the sum 1. A row of y is the
+    sum of the values, each times its look. (Vaswani et al. 2017.) Three tokens, D = 2:
 
     >>> q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
     >>> k = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -304,12 +357,12 @@ def attention(q, k, v):
     tensor([[0.0000, 0.0000, 0.0000],
             [0.0000, 1.4142, 0.0000],
             [2.8284, 0.0000, 0.0000]])
-    >>> torch.full((3, 3), float("-inf")).triu(1)     # the mask; triu(1): zeros up to the diagonal
+    >>> torch.full((3, 3), float("-inf")).triu(1)     # the mask; triu(1): above the diagonal
     tensor([[0., -inf, -inf],
             [0., 0., -inf],
             [0., 0., 0.]])
-    >>> y, weights = attention(q, k, v)
-    >>> weights                                       # token 0 can only look at itself
+    >>> y, looks = attention(q, k, v)
+    >>> looks                                         # token 0 can only look at itself
     tensor([[1.0000, 0.0000, 0.0000],
             [0.1956, 0.8044, 0.0000],
             [0.8943, 0.0529, 0.0529]])
@@ -317,53 +370,52 @@ def attention(q, k, v):
     tensor([[10.0000,  0.0000],
             [ 1.9557,  8.0443],
             [ 9.2071,  0.7929]])
-
-    With a cache (Step 6-1) q is of the newest token, and k and v also of the S - T before it, which
-    were kept. So the mask starts that much further right.
     """
-    T, S = q.shape[-2], k.shape[-2]
-    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)                     # (..., T, S)
-    scores += scores.new_full((T, S), float("-inf")).triu(S - T + 1)       # new_full: of its type
-    weights = scores.softmax(-1)                                                  # (..., T, S)
-    return weights @ v, weights                                                   # (..., T, D)
+    T, S = q.shape[-2], k.shape[-2]                   # S is T here; Step 6-1 has more keys
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                     # (..., T, S)
+    mask = torch.full((T, S), float("-inf"), dtype=scores.dtype, device=scores.device)
+    scores = scores + mask.triu(S - T + 1)
+    looks = scores.softmax(-1)                                                    # (..., T, S)
+    return looks @ v, looks                                                       # (..., T, D)
 
 class CausalSelfAttention(nn.Module):
-    """Tokens look at themselves and before: x (B, T, C), turns (B, T + 1, 1, D/2) -> (B, T, C).
+    """Attention with H heads side by side: x (B, T, C) -> (B, T, C). Each has queries, keys and
+    values of its own: one may find the tens, another the sign.
 
-    This happens H times side by side, each time with queries, keys and values of its own. Each is a
-    head: one may find the tens, another the sign.
-    cache: None, or a list, empty at first, that keeps the keys and values of earlier tokens, so
-    that each is computed once (the key/value cache).
+    turns (2, B, 1, T + 1, D/2): cosines and sines for each address (Step 3-4).
+    cache: None, or a list that Step 6-1 keeps keys and values in.
     """
 
     def __init__(self, config):
         super().__init__()
-        inner = config.n_head * config.head_dim       # H * D; it need not be C
+        inner = config.n_head * config.head_dim       # H * D, which need not be C (see Config)
         self.n_head = config.n_head
         self.query = nn.Linear(config.n_embd, inner, bias=False)
         self.key = nn.Linear(config.n_embd, inner, bias=False)
         self.value = nn.Linear(config.n_embd, inner, bias=False)
         self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
-        self.gain = nn.Parameter(torch.full((1, config.n_head, 1), 2.0))         # used below
-        nn.init.zeros_(self.out.weight)               # a new block adds 0
+        self.gain = nn.Parameter(torch.full((config.n_head, 1, 1), 2.0))         # one a head
+        nn.init.zeros_(self.out.weight)    # a new block adds 0; its gradient is not 0, so it learns
 
     def forward(self, x, turns, cache=None):
-        q = self.query(x).unflatten(-1, (self.n_head, -1))              # (B, T, H, D); -1: the rest
-        k = self.key(x).unflatten(-1, (self.n_head, -1))
-        v = self.value(x).unflatten(-1, (self.n_head, -1))
-        # layer_norm brings the D numbers of a vector (the last axis) to mean 0 and spread 1, so to
-        # the length sqrt(D); no score can run away (QK-norm, Henry et al. 2020). How sharply a head
-        # looks is then one learned number, its gain.
-        q = self.gain * rotate(F.layer_norm(q, q.shape[-1:]), turns[:, 1:])       # next address
-        k = rotate(F.layer_norm(k, k.shape[-1:]), turns[:, :-1])                  # own address
-        if cache:                                     # not empty
-            k, v = torch.cat((cache[0], k), dim=1), torch.cat((cache[1], v), dim=1)
-        if cache is not None:
-            cache[:] = k, v                                                       # (B, S, H, D)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))           # (B, H, T or S, D)
-        y, weights = attention(q, k, v)                                           # (B, H, T, D)
-        self.weights = None if self.training else weights  # training ends at model.eval()
-        return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
+        # H * D numbers are cut into H heads of D: (B, T, H * D) -> (B, T, H, D) -> (B, H, T, D)
+        q = self.query(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        k = self.key(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        v = self.value(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):       # keep q's type (Step 5-1)
+            # layer_norm brings the D numbers of a vector to mean 0 and standard deviation 1, so to
+            # the length sqrt(D): no score can run away (QK-norm, Henry et al. 2020). How sharply a
+            # head looks is then one learned number, its gain.
+            q = F.layer_norm(q, q.shape[-1:]) * self.gain.type_as(q)
+            k = F.layer_norm(k, k.shape[-1:])
+            turns = turns.type_as(q)
+            q = rotate(q, turns[..., 1:, :])          # by the address of the next token
+            k = rotate(k, turns[..., :-1, :])         # by the address of its own token
+            if cache is not None:
+                k, v = extend(cache, k, v)
+            y, looks = attention(q, k, v)                                         # (B, H, T, D)
+        self.looks = None if self.training else looks            # not needed in training
+        return self.out(y.transpose(1, 2).flatten(2))            # heads side by side -> (B, T, C)
 
 class Block(nn.Module):
     """Look, then think: x (B, T, C) -> (B, T, C).
@@ -371,17 +423,19 @@ class Block(nn.Module):
     The MLP lets each token think by itself: two layers, and between them ReLU, which sets to 0 what
     is below 0, and a square (So et al. 2021, "Primer"). Without something like that, two layers
     could do no more than one: a product of matrices is a matrix. The 3 C numbers in the middle
-    detect things, such as "a 9 and a carry". LayerNorm brings each token's vector to mean 0 and
-    spread 1, then applies a learned scale and shift to each of its numbers. So a layer reads
-    numbers of one size, however much was added before. (Pre-norm, Xiong et al. 2020.)
+    detect things, such as "a 9 and a carry". LayerNorm is layer_norm with a learned scale and shift
+    for each number. So a layer's input keeps its size, however much was added before. (Pre-norm,
+    Xiong et al. 2020.)
     """
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.norm1 = nn.LayerNorm(C)
         self.attention = CausalSelfAttention(config)
-        self.wide, self.narrow = nn.Linear(C, 3 * C, bias=False), nn.Linear(3 * C, C, bias=False)
+        self.norm2 = nn.LayerNorm(C)
+        self.wide = nn.Linear(C, 3 * C, bias=False)
+        self.narrow = nn.Linear(3 * C, C, bias=False)
         nn.init.zeros_(self.narrow.weight)            # a new block adds 0, as above
 
     def forward(self, x, turns, cache=None):
@@ -393,24 +447,20 @@ class Block(nn.Module):
 
 @dataclasses.dataclass
 class Config:
-    """All that defines a run. Each is a flag of `train`: --n_layer 2, --no-place ..."""
+    """All that defines a run; each is a flag of `train`. Steps 4 and 5 explain the lower half."""
     n_layer: int = 4            # blocks, one after the other
     n_head: int = 6             # attention heads H of a block
-    head_dim: int = 32          # numbers D for each token in a head
+    head_dim: int = 32          # numbers D for each token in a head, even
     n_embd: int = 128           # numbers C for each token
     block_size: int = 448       # longest line, in tokens (it has nothing to do with blocks)
     n_place: int = 64           # places that have an embedding: ones, tens, hundreds ...
     n_slot: int = 40            # slots that have an embedding
-    place: bool = True          # tell the model stage, slot and place; --no-place: the column alone
     gap: int = 2                # in training each place is 1 to this above the last
-    ones_first: bool = True     # write numbers from the ones place
-    working: bool = True        # learn to write the working; --no-working: the answer alone
-    muon: bool = True           # train the matrices with Muon (Step 5-1); --no-muon: all with AdamW
     kinds: str = "add sub mul div expr algebra"      # kinds of problem to learn
     steps: int = 7500           # optimizer steps
     batch_tokens: int = 4096    # tokens of a batch, about; a batch is one optimizer step
-    lr: float = 0.02            # highest learning rate of Muon
-    adam_lr: float = 0.003      # highest learning rate of AdamW
+    lr: float = 0.02            # highest learning rate of Muon (Step 5-1)
+    adam_lr: float = 0.003      # highest learning rate of AdamW (Step 5-1)
     weight_decay: float = 0.01  # how strongly the weights are pulled towards zero
     warmup: int = 100           # steps in which the learning rates rise
     flat: float = 0.4           # part of the run after which the learning rates fall
@@ -440,53 +490,52 @@ class TinyLLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(len(VOCAB), config.n_embd)
-        self.place = nn.Embedding(config.n_place, config.n_embd)
-        self.slot = nn.Embedding(config.n_slot, config.n_embd)
+        self.token_table = nn.Embedding(len(VOCAB), config.n_embd)
+        self.slot_table = nn.Embedding(config.n_slot, config.n_embd)
+        self.place_table = nn.Embedding(config.n_place, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.output = nn.Linear(config.n_embd, len(VOCAB), bias=False)
-        for layer in (self.token, self.place, self.slot, self.output):
-            nn.init.normal_(layer.weight, std=0.02)   # small first logits
+        for layer in (self.token_table, self.slot_table, self.place_table, self.output):
+            nn.init.normal_(layer.weight, std=0.02)   # small random numbers
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
-        x = self.token(ids)                                                       # (B, T, C)
-        if self.config.place:
-            _, _, slot, place = addresses[:, 1:].unbind(-1)                       # (B, T) each
-            # beyond the tables, the last row stands for all
-            x = x + self.slot(slot.clamp(max=self.config.n_slot - 1))
-            x = x + self.place(place.clamp(max=self.config.n_place - 1))
-        return x
+        # 1: is the NEXT token; clamp: what is beyond a table takes its last row
+        slots = addresses[:, 1:, 1].clamp(max=self.config.n_slot - 1)             # (B, T)
+        places = addresses[:, 1:, 2].clamp(max=self.config.n_place - 1)           # (B, T)
+        return self.token_table(ids) + self.slot_table(slots) + self.place_table(places)
 
     def turns(self, addresses):
-        """How keys and queries turn: addresses (B, T + 1, 4) -> (B, T + 1, 1, D/2), complex."""
-        column, stage, slot, place = addresses.unbind(-1)                         # (B, T + 1) each
+        """How keys and queries turn: addresses (B, T + 1, 3) -> cosines and sines
+        (2, B, 1, T + 1, D/2); the axis of size 1 is for the heads, which turn alike.
+        """
+        stages, slots, places = addresses.unbind(-1)                              # (B, T + 1) each
         n_pairs = self.config.head_dim // 2
-        if not self.config.place:
-            return rotations(column, n_pairs, 1000).unsqueeze(2)
-        # Of 16 pairs: place 4, slot 6, stage 6. This and the bases are choices.
-        n = 3 * n_pairs // 8
-        by_place, by_slot = rotations(place, n_pairs - 2 * n, 100), rotations(slot, n, 16)
-        return torch.cat((by_place, by_slot, rotations(stage, n, 16)), dim=-1).unsqueeze(2)
+        n = 3 * n_pairs // 8          # of 16 pairs 6, 6 and 4; a choice, as the bases are
+        by_stage = angles(stages, n, base=16)
+        by_slot = angles(slots, n, base=16)
+        by_place = angles(places, n_pairs - 2 * n, base=100)
+        angle = torch.cat((by_stage, by_slot, by_place), dim=-1)                  # (B, T + 1, D/2)
+        return torch.stack((angle.cos(), angle.sin())).unsqueeze(2)
 
-    def forward(self, ids, addresses=None, cache=None):
-        """ids (B, T) -> logits (B, T, V). addresses (B, T + 1, 4); None: they are counted here.
+    def forward(self, ids, addresses=None, caches=None):
+        """ids (B, T) -> logits (B, T, V). addresses (B, T + 1, 3); None: they are counted here.
 
-        cache: a list for each block; then ids and addresses are of the tokens after those in it.
+        caches: a list for each block (Step 6-1); then ids holds only the newest token.
         """
         if addresses is None:
             addresses = [find_addresses(row) for row in ids.tolist()]
-            addresses = torch.tensor(addresses, device=ids.device)                # (B, T + 1, 4)
+            addresses = torch.tensor(addresses, device=ids.device)                # (B, T + 1, 3)
         x = self.embed(ids, addresses)                                            # (B, T, C)
-        turns = self.turns(addresses)                                      # (B, T + 1, 1, D/2)
+        turns = self.turns(addresses)                                     # (2, B, 1, T + 1, D/2)
         for i, block in enumerate(self.blocks):
-            x = block(x, turns, cache[i] if cache else None)                      # (B, T, C)
+            x = block(x, turns, caches[i] if caches else None)                    # (B, T, C)
         return self.output(self.norm(x))                                          # (B, T, V)
 
 ######## Step 4-1: making the data #################################################################
-# The model learns from lines such as these, one of each kind. They are drawn at random, and worked
-# by rules. (The rules are school arithmetic and stand in the appendix.)
+# The model learns from lines like these, one of each kind. They are drawn at random and worked by
+# rules, which are school arithmetic and stand in the appendix.
 #     add      48213+51786=99999
 #     sub      150-144=6
 #     mul      345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
@@ -495,122 +544,103 @@ class TinyLLM(nn.Module):
 #     algebra  3(2x-1)-2(x+4)=6x-3-2x-8=6x-2x-3-8=4x-11
 #
 # A problem has a size: the digits of its longest number in the first four kinds, its operators in
-# the others. Lengths are drawn evenly, not values: nine in ten numbers below 10^10 have ten digits,
-# so that short ones would hardly ever come.
+# the others. Lengths are drawn evenly, not values, or nine in ten numbers would have ten digits.
+# What is hard is drawn more often, as a pupil practises it.
 
 def draw_number(rng, n_digits):
     """A number of n digits (one digit: 0 to 9)."""
     return rng.randrange(10 ** (n_digits - 1) if n_digits > 1 else 0, 10 ** n_digits)
 
-def draw_sum(op, rng, top):
-    """A sum or difference; each number has up to `top` digits. Some are hard on purpose."""
+def write(rng, a, sign, b):
+    """A problem of two numbers, each negative one time in eight: -12+5, 12-(-7)."""
+    a = -a if rng.random() < 0.12 else a
+    b = -b if rng.random() < 0.12 else b
+    return f"{a}{sign}{b}" if b >= 0 else f"{a}{sign}({b})"
+
+def draw_sum(rng, top, sign):
+    """A sum or difference; each number has up to `top` digits."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, top))
-    dice, digits = rng.random(), str(a)
-    keep = rng.randrange(len(digits))
-    if dice < 0.3:                                    # two numbers of one length
-        b = draw_number(rng, len(digits))
-    if dice < 0.1:                                    # of these, some begin alike: 48213-48179
-        b = int(digits[:keep] + str(draw_number(rng, len(digits) - keep)))
-    elif dice > 0.9:                                  # 48213+51786 is all nines, +51787 all carries
-        b = int("".join(str(9 - int(d)) for d in digits[keep:])) + rng.randint(0, 1)
-    return f"{'-' if rng.random() < 0.05 else ''}{a}{op}{b}"
+    dice, n_digits = rng.random(), len(str(a))
+    if dice < 0.15:                                   # two numbers of one length
+        b = draw_number(rng, n_digits)
+    elif dice < 0.6:                                  # near each other: 150-144, 1993-2015
+        b = abs(a - draw_number(rng, rng.randint(1, n_digits)))
+        a, b = rng.sample((a, b), 2)
+    elif dice < 0.7:                                  # 48213+51786 is all nines, +51787 all carries
+        b = 10 ** n_digits - 1 - a + rng.randint(0, 1)
+    return write(rng, a, sign, b)
 
 def draw_product(rng, top):
-    return f"{draw_number(rng, rng.randint(1, top))}*{draw_number(rng, rng.randint(1, top))}"
+    """A product of up to 4 x 2 or 3 x 3 digits; one in four with a round number, such as 300*27."""
+    n_digits = rng.randint(1, top)
+    a = draw_number(rng, n_digits)
+    b = draw_number(rng, rng.randint(1, 2 if n_digits == 4 else min(3, top)))
+    if rng.random() < 0.25:
+        b = draw_number(rng, 1) * 10 ** (len(str(b)) - 1)
+    return write(rng, a, "*", b) if rng.random() < 0.5 else write(rng, b, "*", a)
+
+PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)         # they are hard to see in a number
 
 def draw_quotient(rng, top):
-    """Three in ten, or more, are fractions below 1; half of the others have no remainder."""
+    """A dividend of up to `top` digits, a divisor of 1 or 2."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, 2)) or 1
-    if rng.random() < 0.3:
-        return draw_fraction(rng, top)                # in the appendix
-    if rng.random() < 0.5:
+    dice = rng.random()
+    if dice < 0.4:                                    # a fraction below 1; many can be cancelled
+        common = rng.choice((1, 1, rng.randint(2, 9), rng.randint(2, 49), rng.choice(PRIMES)))
+        rest = rng.randint(2, max(2, 99 // common))
+        a, b = rng.randrange(1, rest) * common, rest * common
+    elif dice < 0.55:                                 # a quotient of one digit
+        a = rng.randint(1, 9) * b + rng.randrange(b)
+    elif dice < 0.75:                                 # no remainder
         a = a // b * b or b
-    return f"{a}/{b}"
+    return write(rng, a, "/", b)
 
 @dataclasses.dataclass
 class Kind:
-    """All that this program knows of a kind of problem. (A lambda may name what comes later.)"""
-    draw: callable              # draw(rng, top) -> a problem of about size top or less
-    looks: str                  # a pattern for its problems; the first kind that fits counts
-    sizes: range                # the sizes to train on
-    beyond: tuple = ()          # larger sizes, which eval asks as well
-    share: float = 1.0          # how often it is drawn, compared with the others (tried out)
-    practice: dict = dataclasses.field(default_factory=dict)     # name -> (part, draw): appendix
-    size: callable = lambda problem: longest_number(problem)     # problem -> its size
-    stage: callable = lambda text: rewrite(text)                 # the next stage; at the end, text
-    worth: callable = lambda text: exact_value(text)     # the right answer to text, as a text
-    is_drawn: callable = lambda problem: True                    # False: training never draws it
+    """What this program knows of a kind of problem."""
+    draw: callable              # draw(rng, top) -> a problem of about size `top` or less
+    top: int                    # the largest size to train on
+    share: float                # how often it is drawn, compared with the others (tried out)
 
-SECOND = r"([0-9]+|\(-[0-9]+\))"                      # a second number: 7 or (-7)
-LONG = (11, 12, 14, 16, 18, 20)
 KINDS = {
-    "add": Kind(functools.partial(draw_sum, "+"), rf"-?[0-9]+\+{SECOND}", range(1, 11), LONG, 0.5),
-    "sub": Kind(functools.partial(draw_sum, "-"), rf"-?[0-9]+-{SECOND}", range(1, 11), LONG, 1.95),
-    "mul": Kind(draw_product, rf"-?[0-9]+\*{SECOND}", range(1, 4), (4,), 0.9),
-    "div": Kind(draw_quotient, rf"-?[0-9]+/{SECOND}", range(1, 6), (6,), 1.9),
-}                                                     # the appendix adds expr and algebra
-
-def kind_of(problem):
-    """The name of a problem's kind.
-
-    >>> kind_of("123*45"), kind_of("12-(-7)"), kind_of("1+2*3"), kind_of("2x+3x-1")
-    ('mul', 'sub', 'expr', 'algebra')
-    """
-    return next(name for name, kind in KINDS.items() if re.fullmatch(kind.looks, problem))
+    "add": Kind(draw=functools.partial(draw_sum, sign="+"), top=10, share=0.6),
+    "sub": Kind(draw=functools.partial(draw_sum, sign="-"), top=10, share=2.6),
+    "mul": Kind(draw=draw_product, top=4, share=1.0),
+    "div": Kind(draw=draw_quotient, top=5, share=2.4),
+}                               # the appendix adds expr and algebra
 
 # One problem in ten is held out: never given in training, so that we can ask what the model cannot
-# have learned by heart. (As a stage of a longer line it may turn up, which is rare except for small
-# numbers.) A number computed from the text decides, the same for every seed.
+# have learned by heart. (A small one may be a stage of a longer line.) A checksum decides.
+
+def twin_key(problem):
+    """A key that a problem shares with its mirror image: both are held out, or neither.
+
+    >>> twin_key("12-39+7"), twin_key("7-39+12"), twin_key("(x+1)^2"), twin_key("(1+x)(x+1)")
+    ('- 12 39 7', '- 12 39 7', '1 1 x x', '1 1 x x')
+    """
+    written_out = re.sub(r"(\([^()]*\)|[xy])\^2", r"\1\1", problem)      # (x+1)^2 is (x+1)(x+1)
+    return " ".join(sorted(re.findall("[0-9]+|[^0-9()+]", written_out)))    # no brackets and no +
 
 def is_held_out(problem):
-    """Is this problem kept for evaluation? 12+39 and 39+12 are both held out, or both not.
+    """Is this problem kept for evaluation?
 
     >>> is_held_out("12+60"), is_held_out("60+12"), is_held_out("12+61")
     (True, True, False)
     """
-    written_out = re.sub(r"(\([^()]*\)|[xy])\^2", r"\1\1", problem)    # (x+1)^2 is (x+1)(x+1)
-    parts = sorted(re.findall("[0-9]+|[^0-9()+]", written_out))          # brackets and + left out
-    return zlib.crc32(" ".join(parts).encode("utf-8")) % 10 == 0
+    return zlib.crc32(twin_key(problem).encode("utf-8")) % 10 == 0
 
 def draw_problem(kind, rng, held_out, top=None):
-    """Draw a problem of a kind, of about size top or less. Training also draws what is hard, from
-    kind.practice, as a pupil practises it; what is held out comes from kind.draw alone.
-    """
-    of_kind = KINDS[kind]
-    practice = [] if held_out else list(of_kind.practice.values())
-    draws = [of_kind.draw] + [draw for _, draw in practice]
-    shares = [1 - sum(share for share, _ in practice)] + [share for share, _ in practice]
+    """Draw a problem of a kind, of about size `top` or less, held out or not."""
     while True:
-        problem = rng.choices(draws, shares)[0](rng, top or of_kind.sizes[-1])
+        problem = KINDS[kind].draw(rng, top or KINDS[kind].top)
         if is_held_out(problem) == held_out:
             return problem
 
-# A kind of your own, to skip at first: sums of two fractions (Fraction is imported below). Take
-# away the "# " of these lines, and try `train --kinds frac --minutes 2`.
-#
-# def draw_fractions(rng, top):
-#     b, d = rng.randint(2, 6 * top), rng.randint(2, 6 * top)
-#     return f"{rng.randrange(1, b)}/{b}+{rng.randrange(1, d)}/{d}"
-#
-# def add_fractions(text):
-#     numbers = [int(n) for n in re.findall("[0-9]+", text)]
-#     if len(numbers) < 4:
-#         return text
-#     a, b, c, d = numbers
-#     common = math.lcm(b, d)
-#     if b != d:                                      # 1/2+1/3=3/6+2/6
-#         return f"{a * common // b}/{common}+{c * common // d}/{common}"
-#     whole, rest = divmod(Fraction(a + c, b), 1)     # 3/6+2/6=5/6, and 3/4+2/4=1+1/4
-#     return "+".join(str(part) for part in (whole, rest) if part)
-#
-# KINDS["frac"] = Kind(draw_fractions, "[0-9]+/[0-9]+[+][0-9]+/[0-9]+", range(1, 4),
-#                      stage=add_fractions)
-
 ######## Step 4-2: from a line to x and y ##########################################################
 
-def to_example(line, ones_first=True):
+def to_example(line):
     """A line to (x, y): two lists of ids. y is x one token later, or -100, which the loss skips.
 
     At each position the model reads x up to there and should say y. Only what it must write counts:
@@ -627,253 +657,240 @@ def to_example(line, ones_first=True):
     4 reads '5' should say '1'
     5 reads '1' should say '\\n'
     """
-    ids = encode(line + "\n", ones_first)
+    ids = encode(line + "\n")
     n_given = ids.index(EQUALS) + 1
-    return ids[:-1], [-100] * (n_given - 1) + ids[n_given:]
+    return ids[:-1], [-100] * (n_given - 1) + ids[n_given:]      # both one shorter than ids
 
 ######## Step 4-3: the data loader #################################################################
+# The rows of a batch are computed together, so they must be equally long. Short ones are filled up
+# at the right, where no token of theirs looks and y is -100: that is padding, and wasted work. So a
+# pool of many lines is drawn and sorted by length, and lines of like length go into one batch. Pool
+# n depends on n, config and RANK alone, so that a stopped run goes on as it would have.
 
-def new_progress(minutes=None):
-    """How far a run has come. minutes: how long to train; None: for config.steps steps."""
-    return {"step": 0, "seconds": 0.0, "minutes": minutes, "history": []}
+POOL = 64                               # batches of a pool
 
-def part_done(progress, config):
-    """The part of a run that is over, 0 to 1."""
-    if progress["minutes"]:
-        return min(1.0, progress["seconds"] / 60 / progress["minutes"])
-    return min(1.0, progress["step"] / config.steps)
+def pad(row, length, filler):
+    """A list, filled up at the right: pad([3, 2], 4, END) is [3, 2, 0, 0]."""
+    return row + [filler] * (length - len(row))
 
-class ProblemPools(Dataset):
-    """pools[n] is pool n, a list of batches: x (B, T), addresses (B, T + 1, 4), y (B, T).
+def draw_example(config, rng, done):
+    """x, addresses and y of one line; `done` is the part of the run that is over, 0 to 1."""
+    kinds = config.kinds.split()
+    kind = rng.choices(kinds, [KINDS[name].share for name in kinds])[0]
+    top = KINDS[kind].top
+    # Curriculum (Bengio et al. 2009): for nine in ten `top` grows during the first fifth of a run
+    if rng.random() < 0.9:
+        top = min(top, int(5 * done * top) + 1)
+    line = work_out(draw_problem(kind, rng, False, top))         # in the appendix
+    if len(line) >= config.block_size:                           # too long: draw another
+        return draw_example(config, rng, done)
+    x, y = to_example(line)
+    return x, with_gaps(find_addresses(x), config.gap, rng), y
 
-    The rows of a batch are computed together, so they must be equally long. Short lines are filled
-    up at the right, where no token of theirs looks and y is -100: that is padding, and wasted work.
-    So a pool of 64 batches is drawn and sorted by length first. In a run of a set number of steps,
-    pool n depends on n and config alone, so that a run that was stopped goes on as it would have.
-    """
-    POOL = 64
-
-    def __init__(self, config, progress):
-        self.config, self.progress = config, progress
-
-    def draw_example(self, rng, done):
-        kinds = self.config.kinds.split()
-        kind = rng.choices(kinds, [KINDS[name].share for name in kinds])[0]
-        # Curriculum (Bengio et al. 2009): in the first fifth of a run nine in ten start small
-        sizes = KINDS[kind].sizes
-        n_open = len(sizes) if rng.random() < 0.1 else int(5 * done * len(sizes)) + 1
-        problem = draw_problem(kind, rng, False, sizes[:n_open][-1])
-        line = solve_by_rules(problem, self.config.working)      # in the appendix
-        x, y = to_example(line, self.config.ones_first)
-        return x, with_gaps(find_addresses(x), self.config.gap, rng), y
-
-    def __getitem__(self, n):
-        # on several GPUs (Step 7-5) each has pools of its own; on one these are 1 and 0
-        rng = random.Random(f"{self.config.seed}/{n * WORLD_SIZE + RANK}")
-        done = part_done({**self.progress, "step": n * self.POOL}, self.config)
-        examples, n_tokens = [], 0
-        while n_tokens < 1.05 * self.POOL * self.config.batch_tokens:          # some are not used
-            examples.append(self.draw_example(rng, done))
-            n_tokens += len(examples[-1][0])
-        examples.sort(key=lambda example: len(example[0]), reverse=True)
-        batches = []
-        while examples:
-            T = math.ceil(len(examples[0][0]) / 4) * 4           # a multiple of 4: fewer shapes
-            rows = examples[:max(1, self.config.batch_tokens // T)]
-            examples = examples[len(rows):]
-            xs = [x + [END] * (T - len(x)) for x, _, _ in rows]
-            addresses = [where + where[-1:] * (T + 1 - len(where)) for _, where, _ in rows]
-            ys = [y + [-100] * (T - len(y)) for _, _, y in rows]
+def make_pool(config, n):
+    """Pool n, a list of POOL batches: x (B, T), addresses (B, T + 1, 3), y (B, T)."""
+    rng = random.Random(f"{config.seed}/{n}/{RANK}")
+    examples, n_tokens = [], 0
+    while n_tokens < 1.1 * POOL * config.batch_tokens:           # some will be left over
+        examples.append(draw_example(config, rng, n * POOL / config.steps))
+        n_tokens += len(examples[-1][0])
+    examples.sort(key=lambda example: len(example[0]), reverse=True)
+    batches = []
+    while examples:
+        T = 8 * math.ceil(len(examples[0][0]) / 8)               # a multiple of 8: few shapes
+        B = config.batch_tokens // T
+        xs = [pad(x, T, END) for x, _, _ in examples[:B]]
+        addresses = [pad(row, T + 1, row[-1]) for _, row, _ in examples[:B]]
+        ys = [pad(y, T, -100) for _, _, y in examples[:B]]
+        if len(xs) == B:
             batches.append((torch.tensor(xs), torch.tensor(addresses), torch.tensor(ys)))
-        rng.shuffle(batches)
-        return batches[:self.POOL]
+        examples = examples[B:]
+    rng.shuffle(batches)
+    return batches[:POOL]
 
-def stream_batches(config, progress, **helpers):
-    """The batches of a run, from progress["step"] on. PyTorch's DataLoader asks for pools[first],
-    pools[first + 1] ... and has them made by helper processes, if it is given some (Step 7-6).
-    """
-    first, skip = divmod(progress["step"], ProblemPools.POOL)
-    pools = DataLoader(ProblemPools(config, progress), batch_size=None,          # a pool as it is
-                       sampler=itertools.count(first), **helpers)
-    pools = map(pickle.loads, pools) if helpers else pools       # helpers send bytes
-    return itertools.islice(itertools.chain.from_iterable(pools), skip, None)
+def stream_batches(config, first_step):
+    """The batches of a run, from one step on."""
+    first_pool, n_skip = divmod(first_step, POOL)
+    for n in itertools.count(first_pool):
+        yield from make_pool(config, n)[n_skip:]
+        n_skip = 0                                               # only in the first pool
 
 ######## Step 5-1: the loss and the optimizers #####################################################
 
 def loss_of(model, x, addresses, y):
     """Cross-entropy: the mean of -ln P(y) over the tokens that count."""
-    # autocast: matrix products with half the bits, where that is faster
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device.type)):
+    # autocast: if HALF (Step 7-6), nn.Linear works in bfloat16, half the bits, where that is faster
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=HALF):
         logits = model(x, addresses)                                              # (B, T, V)
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())   # y (B*T,); -100 is skipped
 
 # Adam (Kingma and Ba 2014) improves on plain gradient descent in two ways. It follows the mean of
-# the last gradients, called momentum, so that the accident of one batch is averaged out. And it
-# divides by how large a weight's gradients usually are, so that all weights move at a like pace.
-# AdamW (Loshchilov and Hutter 2017) adds weight decay: each step shrinks all weights, so that one
-# of no use fades away.
-#
-# Muon (Jordan et al. 2024) is for matrices. A matrix stretches space along certain directions, and
-# so does its gradient, which is strong along the few that most examples ask for. Muon makes the
-# step equally strong along all, for what is rare must be learned, too.
-
-def orthogonal(matrix):
-    """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
-
-    (Orthogonal means that all are stretched by 1.) Its singular values s say how much it stretches
-    along each. Five times, each s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, and ends between 0.7
-    and 1.2, if it was not tiny. Matrix products suffice for that: x stretches by s, x.T (back
-    again) by s, and x once more, so x @ x.T @ x has s^3 (Newton-Schulz iteration). You may take
-    this function on trust.
-
-    >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
-    >>> [round(s, 1) for s in orthogonal(matrix).diagonal().tolist()]
-    [0.7, 1.1]
-    """
-    if len(matrix) > matrix.shape[1]:
-        return orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)    # norm: the root of the sum of squares; no s is above 1
-    for _ in range(5):
-        # addmm(a, b, c, beta=m, alpha=n) is m a + n b @ c, in one call
-        gram = x @ x.T                                                            # (rows, rows)
-        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, both, x, beta=3.4445, alpha=1)
-    return x
-
-class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum and orthogonal steps. (torch.optim's is slow on many CPUs.)"""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:               # what was given to __init__, here one group
-            for p in group["params"]:
-                # state: what the optimizer keeps for each Parameter, at first zeros
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])        # a.lerp(b, w): (1 - w) a + w b
-                ahead = p.grad.lerp(mean, group["momentum"])     # the newest counts more (Nesterov)
-                p.mul_(1 - group["lr"] * group["weight_decay"])          # weight decay
-                size = max(1, len(p) / p.shape[1]) ** 0.5        # more rows than columns: longer
-                rate = torch.as_tensor(-group["lr"] * size, device=p.device)     # for Step 7-6
-                p.addcmul_(orthogonal(ahead), rate)              # p + rate * orthogonal(ahead)
+# the last gradients, called momentum, for one batch alone is an accident. And it divides by how
+# large a weight's gradients usually are, so that all weights move equally fast. AdamW (Loshchilov
+# and Hutter 2017) also shrinks all weights a little, so that one of no use fades away: weight
+# decay. Muon (Jordan et al. 2024) is for matrices. Most of a gradient is what many examples ask
+# for. Muon brings its parts to one size, for what is rare must be learned, too. (See Step 7-5.)
 
 def make_optimizers(model, config):
     """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, gains, output."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    decay = config.weight_decay
-    # betas: how much of its two means, of gradients and of their squares, stays at each step
-    adam = torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=decay)
-    return [adam, Muon(matrices, config.lr, weight_decay=decay)] if matrices else [adam]
+    # betas: how much of both means, of the gradients and of their squares, is kept at each step
+    adam = {"lr": config.adam_lr, "betas": (0.9, 0.98), "weight_decay": config.weight_decay}
+    muon = {"lr": config.lr, "weight_decay": config.weight_decay}
+    return [torch.optim.AdamW(others, **adam), Muon(matrices, **muon)]
 
-def lr_factor(step, done, config):
-    """What the learning rates are multiplied by, when the part `done` (0 to 1) of the run is over.
+def lr_factor(step, config):
+    """What the learning rates are multiplied by at a step of the run.
 
     They rise while the optimizers' means are still empty (warm-up), stay, then fall in a straight
     line to 2%: small steps settle what large ones leave shaking.
 
-    >>> [round(lr_factor(step, step / 1000, Config()), 2) for step in (0, 49, 99, 400, 700, 1000)]
+    >>> [round(lr_factor(step, Config(steps=1000)), 2) for step in (0, 49, 99, 400, 700, 1000)]
     [0.01, 0.5, 1.0, 1.0, 0.51, 0.02]
     """
-    fall = min(1.0, (1 - done) / (1 - config.flat))
-    return min(1.0, (step + 1) / config.warmup) * (0.02 + 0.98 * fall)
+    rise = min(1.0, (step + 1) / config.warmup)
+    fall = min(1.0, (1 - step / config.steps) / (1 - config.flat))
+    return rise * (0.02 + 0.98 * fall)
 
 ######## Step 5-2: the training loop ###############################################################
 
 def learn(model, optimizers, x, addresses, y):
     """One optimizer step on one batch: the five lines that are all of deep learning. -> the loss"""
     loss = loss_of(model, x, addresses, y)
-    model.zero_grad()                                 # forget the gradients of the last batch
+    model.zero_grad()                                 # forget the gradients of the batch before
     loss.backward()                                   # the gradient of the loss for every weight
     for optimizer in optimizers:
         optimizer.step()                              # every weight moves a little against it
     return loss.detach()                              # without its record
 
-def fit(model, optimizers, progress, out, report=None):
-    """Train until the run is over. batches_of_run (Step 7-5) takes batches from stream_batches and
-    counts each in `progress` when it is learned. At every hundredth of the run it averages `losses`
-    and empties it; at every tenth it prints a row by `report` and saves to `out`.
+def fit(model, optimizers, first_step, history, path):
+    """Train from first_step to the end. At each hundredth of the run, report what was reached, add
+    it to history, and save the state to `path`.
     """
-    losses = []
-    step = fastest_step(model, optimizers)            # learn for these two; on a GPU faster
-    for x, addresses, y in batches_of_run(model, optimizers, progress, losses, out, report):
-        factor = lr_factor(progress["step"], part_done(progress, model.config), model.config)
+    config, losses = model.config, []
+    began = time.perf_counter() - (60 * history[-1]["minutes"] if history else 0)
+    # torchrun starts several processes, each with batches of its own. Then this wrapper averages
+    # their gradients (Li et al. 2020, "PyTorch Distributed"): one step, of a larger batch.
+    shared = nn.parallel.DistributedDataParallel(model) if IS_SHARED else model
+    model.train()                                     # until model.eval(), heads keep no looks
+    batches = stream_batches(config, first_step)
+    for step, batch in zip(range(first_step, config.steps), batches):
         for optimizer in optimizers:                  # defaults: what it was made with
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
-        losses.append(step(x, addresses, y))
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * lr_factor(step, config)
+        losses.append(learn(shared, optimizers, *[tensor.to(DEVICE) for tensor in batch]))
+        n_done = step + 1                             # is a hundredth over?
+        if 100 * n_done // config.steps > 100 * step // config.steps and RANK == 0:
+            minutes = (time.perf_counter() - began) / 60
+            report(model.eval(), n_done, torch.stack(losses).mean().item(), minutes, history)
+            save_or_warn(path, model, optimizers, n_done, history)
+            losses.clear()
+            model.train()
 
-######## Step 5-3: watching it learn ###############################################################
-# At every tenth of a run a row is printed:
+# `report` (Step 7-6) prints a row at each tenth of a run, and on a terminal a changing one between:
 #
-#       step done   loss tokens/s  min    add    sub    mul    div   expr algebra
-#        750  10% 0.3086   10,647  4.7    78%    41%    17%    16%    22%     19%
+#       step done    loss   min  left     add     sub     mul     div    expr algebra
+#        750  10%  0.3104   4.4  39.5     51%     37%     20%     19%      9%     27%
 #
-# It shows the loss, the speed, the minutes so far, and which part of 100 held-out problems of each
-# kind is answered right. The loss falls first: for an answer, every token must be right.
+# The loss, the minutes so far and those that are left, and the share of 100 held-out problems of
+# each kind that is answered right. The loss falls first: one wrong token spoils an answer.
 
-######## Step 5-4: saving ##########################################################################
+######## Step 5-3: saving and loading ##############################################################
 
-FORMAT = 7                              # of the file; raised when its meaning changes
+def score_sample(model):
+    """The logits for one line. They are saved with a model. Other logits after loading mean that
+    this file's model has been changed, so that the saved one does not fit it.
+    """
+    with torch.inference_mode():
+        return model(torch.tensor([encode("(12+3)*4-6=15*4-6")], device=DEVICE)).cpu()
 
-def save_checkpoint(path, model, optimizers=(), progress=None):
-    """Write all that is needed to ask the model, and to go on training it. Raises InputError."""
-    write_whole(path, {                               # under another name first, then renamed
-        "format": FORMAT, "vocabulary": VOCAB, "config": dataclasses.asdict(model.config),
-        "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "progress": progress or new_progress()})
+def save_checkpoint(path, model, optimizers=(), step=0, history=()):
+    """Write all that is needed to ask the model, and to go on training it. The file is whole at any
+    moment: it is written under another name first, then renamed. Raises InputError (Step 7-3).
+    """
+    beside = f"{path}.tmp"
+    try:
+        torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict(),
+                    "sample": score_sample(model), "step": step, "history": list(history),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}; give --out a file that can be written") from error
+    finally:
+        with contextlib.suppress(OSError):            # what is left of a failed try
+            os.remove(beside)
 
-# load_checkpoint (Step 7-5) reads it again: path -> (model, all that is in the file).
+def load_checkpoint(path):
+    """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
+    try:
+        state = torch.load(path, map_location=DEVICE, weights_only=True)          # runs no code
+        model = TinyLLM(Config(**state["config"])).to(DEVICE).eval()
+        model.load_state_dict(state["model"])
+        fits = torch.allclose(score_sample(model), state["sample"].cpu(), atol=0.01)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not there; give another checkpoint, or train one") from error
+    except Exception as error:                        # a damaged file fails in a dozen ways
+        raise InputError(f"{path} is damaged, or of another version; train again") from error
+    if not fits:
+        raise InputError(f"{path} was trained by another tinyllm.py than this one; train again")
+    return model, state
 
 ######## Step 6-1: writing an answer ###############################################################
 
 @torch.inference_mode()
-def generate(model, prompt, max_tokens=None):
+def generate(model, prompt, max_tokens):
     """Greedy decoding: continue a list of ids with the likeliest token, again and again, until END.
-
-    This function knows nothing of arithmetic. max_tokens counts the prompt, too.
+    max_tokens counts the prompt, too.
     """
     ids = list(prompt)
-    while len(ids) < (max_tokens or model.config.block_size):
-        logits = model(torch.tensor([ids], device=model.output.weight.device))    # (1, T, V)
+    while len(ids) < max_tokens:
+        logits = model(torch.tensor([ids], device=DEVICE))                        # (1, T, V)
         token = logits[0, -1].argmax().item()
         if token == END:
             break
         ids.append(token)
     return ids
 
-# That computes the whole line again for every token. The next function writes the same for many
-# prompts at once and keeps the keys and values of earlier tokens. Each step gives each row one
-# token more: the next one of its prompt or, when the prompt is over, the likeliest one.
+# That computes the whole line again for every token. But keys and values of earlier tokens do not
+# change. So a cache keeps them, and only the newest token is computed: in attention q has T = 1
+# row, k and v have S, and the one row of the mask is all 0.
+
+def extend(cache, k, v):
+    """Append keys and values (B, H, 1, D) to a cache, at first empty -> all so far (B, H, S, D)"""
+    if cache:
+        k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+    cache[:] = k, v
+    return k, v
 
 @torch.inference_mode()
-def generate_batch(model, prompts, max_tokens=None):
-    """generate for many prompts: lists of ids -> lists of ids."""
-    device = model.output.weight.device
+def generate_batch(model, prompts, max_tokens):
+    """generate for many prompts: lists of ids -> lists of ids. At each moment every row reads one
+    token: the next one of its prompt or, when that is over, the one that it has just written:
+
+        moment               0  1  2  3  4  5  6
+        "7+8=" reads         7  +  8  =  5  1        and writes 5, 1, END
+        "12+3=" reads        2  1  +  3  =  5  1     and writes 5, 1, END
+    """
     rows = [list(prompt) for prompt in prompts]
     addresses = [find_addresses(row[:1]) for row in rows]        # of the newest token and the next
     going = list(range(len(rows)))                               # the rows that have not ended
-    cache = [[] for _ in model.blocks]                           # keys and values of each block
-    for t in range((max_tokens or model.config.block_size) - 1):
-        ids = torch.tensor([[rows[i][t]] for i in going], device=device)          # (B, 1)
-        where = torch.tensor([addresses[i] for i in going], device=device)        # (B, 2, 4)
-        likeliest = model(ids, where, cache)[:, -1].argmax(-1).tolist()           # B tokens
-        kept = []
-        for j, i in enumerate(going):
-            if t + 1 == len(rows[i]):                            # the prompt is over
-                if likeliest[j] == END:
-                    continue
-                rows[i].append(likeliest[j])
-            addresses[i] = [addresses[i][1], next_address(addresses[i][1], rows[i][t + 1])]
-            kept.append(j)
+    caches = [[] for _ in model.blocks]
+    for moment in range(max_tokens - 1):
+        ids = torch.tensor([[rows[i][moment]] for i in going], device=DEVICE)     # (B, 1)
+        where = torch.tensor([addresses[i] for i in going], device=DEVICE)        # (B, 2, 3)
+        likeliest = model(ids, where, caches)[:, -1].argmax(-1).tolist()          # B tokens
+        for i, token in zip(going, likeliest):
+            if len(rows[i]) == moment + 1:                       # the prompt is over
+                rows[i].append(token)
+            newest = addresses[i][1]
+            addresses[i] = [newest, next_address(newest, rows[i][moment + 1])]    # one further
+        kept = [j for j, i in enumerate(going) if rows[i][-1] != END]
         if not kept:
             break
         if len(kept) < len(going):                               # rows that have ended leave
             going = [going[j] for j in kept]
-            cache = [[k[kept], v[kept]] for k, v in cache]
-    return rows
+            caches = [[k[kept], v[kept]] for k, v in caches]     # k[kept]: these rows
+    return [row[:-1] if row[-1] == END else row for row in rows]
 
 def solve(model, problems, batch_size=500, max_tokens=None):
     """The full line that the model writes for each problem, in the same order."""
@@ -881,92 +898,78 @@ def solve(model, problems, batch_size=500, max_tokens=None):
     lines = [""] * len(problems)
     for start in range(0, len(order), batch_size):               # like lengths side by side
         batch = order[start:start + batch_size]
-        prompts = [encode(problems[i] + "=", model.config.ones_first) for i in batch]
-        for i, ids in zip(batch, generate_batch(model, prompts, max_tokens)):
-            lines[i] = decode(ids, model.config.ones_first)
+        prompts = [encode(problems[i] + "=") for i in batch]
+        written = generate_batch(model, prompts, max_tokens or model.config.block_size)
+        for i, ids in zip(batch, written):
+            lines[i] = decode(ids)
     return lines
 
 ######## Step 6-2: what "right" means ##############################################################
 
 def check(line):
-    """Was a line that the model wrote right? -> (answer, working).
+    """Is the answer of a line right, and is each of its stages worth what the problem is?
 
-    The answer is right if it is what the problem is worth (see Kind), written in the one form that
-    an answer has; the working is right if the answer is and all stages are worth the same.
+    The answer is right if it is the exact value, written in the one form that an answer has.
 
     >>> check("2+3*4=2+12=14"), check("2+3*4=5*4=14"), check("2+3*4=2+12"), check("7-7=-0")
-    ((True, True), (True, False), (False, False), (False, False))
+    ((True, [True, True]), (True, [False, True]), (False, [True]), (False, [True]))
     """
-    first, *others = worths(line)         # the right answer to each part (in the appendix)
-    answer = others[-1:] == [first] and line.endswith(f"={first}")
-    return answer, answer and set(others) == {first}
+    problem, *stages = line.split("=")
+    value = exact_value(problem)                      # in the appendix
+    return stages[-1:] == [value], [is_worth(stage, value) for stage in stages]
+
+def is_worth(text, value):
+    try:
+        return exact_value(text) == value
+    except InputError:                                # it cannot even be read
+        return False
 
 def evaluate(model, problems):
-    """Ask problems: how many answers and workings are right, the mean length, the wrong lines.
-
-    A model that has learned nothing does not end: it is stopped at twice the longest right line.
+    """Ask problems: the share of right answers and workings, and the wrong lines. As a new model
+    does not end its lines, it is stopped soon after the length of the longest right one.
     """
-    longest = max((len(solve_by_rules(problem)) for problem in problems), default=0)
-    lines = solve(model, problems, max_tokens=min(model.config.block_size, 2 * longest))
+    longest = max((len(work_out(problem)) for problem in problems), default=0)
+    lines = solve(model, problems, max_tokens=min(model.config.block_size, longest + 20))
     checks = [check(line) for line in lines]
-    return {"answers": sum(answer for answer, _ in checks),
-            "workings": sum(working for _, working in checks),
-            "length": sum(map(len, lines)) / max(1, len(lines)),
-            "wrong": [line for line, (_, working) in zip(lines, checks) if not working]}
+    n = max(1, len(problems))
+    return {"problems": len(problems), "answers": sum(right for right, _ in checks) / n,
+            "workings": sum(right and all(stages) for right, stages in checks) / n,
+            "wrong": [line for line, (right, _) in zip(lines, checks) if not right]}
 
 ####################################################################################################
-#
 #   The tutorial ends here. What follows are views, commands and school arithmetic: you may stop.
-#
 ####################################################################################################
 
 ######## Step 7-1: what the model looked at ########################################################
 
-import argparse                                                                   # noqa: E402
-import ast                                                                        # noqa: E402
-import contextlib                                                                 # noqa: E402
-import inspect                                                                    # noqa: E402
-import json                                                                       # noqa: E402
-import secrets                                                                    # noqa: E402
-import shlex                                                                      # noqa: E402
-import socketserver                                                               # noqa: E402
-import threading                                                                  # noqa: E402
-import unicodedata                                                                # noqa: E402
-import wsgiref.simple_server                                                      # noqa: E402
-from fractions import Fraction                                                    # noqa: E402
-import torch.distributed as dist                                                  # noqa: E402
-
-class InputError(ValueError):
-    """What a person gave cannot be used. The message says what was wrong, and what to do."""
-
 def watch(model, line):
     """What happened while a line was written: the line as the model reads it (T characters), the
-    attention weights (n_layer, H, T, T) and the probabilities of the next token (T, V).
+    looks of all heads (n_layer, H, T, T) and the probabilities of the next token (T, V).
     """
-    ids = encode(line, model.config.ones_first)
+    ids = encode(line)
     with torch.inference_mode():
-        logits = model(torch.tensor([ids], device=model.output.weight.device))[0]
-    weights = torch.stack([block.attention.weights[0] for block in model.blocks])
-    return "".join(VOCAB[i] for i in ids), weights.cpu(), logits.softmax(-1).cpu()
+        logits = model(torch.tensor([ids], device=DEVICE))[0]
+    looks = torch.stack([block.attention.looks[0] for block in model.blocks])
+    return "".join(VOCAB[i] for i in ids), looks.cpu(), logits.softmax(-1).cpu()
 
-def shades(weights, marks):
-    """Weights of 0 to 1 as one of ten marks each: 0, 0.15, 1 is "019" with "0123456789"."""
-    return "".join(marks[min(9, int(10 * weight))] for weight in weights.tolist())
+def shades(looks, marks):
+    """Numbers of 0 to 1 as one of ten marks each: 0, 0.15, 1 is "019" with "0123456789"."""
+    return "".join(marks[min(9, int(10 * look))] for look in looks.tolist())
 
-def look(model, line, width=74):
+def draw_looks(model, line, width=74):
     """A picture of the head that looks sharply at most places: a row for each character that was
     written, a column for each before it. Long lines come in blocks of `width` columns.
     """
-    text, weights, _ = watch(model, line)
+    text, looks, _ = watch(model, line)
     start = text.index("=")
     # tril(-2): a look at itself or at its neighbour does not count
-    sharpness = weights.tril(-2)[:, :, start:].amax(2).sum(-1)                    # (n_layer, H)
+    sharpness = looks.tril(-2)[:, :, start:].amax(2).sum(-1)                      # (n_layer, H)
     layer, head = divmod(sharpness.argmax().item(), sharpness.shape[1])
-    rows = [f"layer {layer + 1}, head {head + 1}; a weight of 0 to 1 is one of these: ' .:-=+*#%@'"]
+    rows = [f"layer {layer + 1}, head {head + 1}; a look of 0 to 1 is one of these: ' .:-=+*#%@'"]
     for left in range(0, len(text), width):
         rows.append("     " + text[left:left + width])
         for t in range(max(start, left), len(text)):
-            row = shades(weights[layer, head, t, :t + 1], " .:-=+*#%@")[left:left + width]
+            row = shades(looks[layer, head, t, :t + 1], " .:-=+*#%@")[left:left + width]
             rows.append(f"{(text + ' ')[t + 1]:>3}  {row}".rstrip())
     return "\n".join(rows)
 
@@ -974,20 +977,24 @@ def look(model, line, width=74):
 # LaTeX, for papers, and MathML, for browsers, are two views of a line. Each is a list of
 # replacements, made one after the other; {1|2} is a fraction by then.
 
-BAR = str.maketrans("/", "|", "()")                   # 2*7/(3*5) -> 2*7|3*5
-LATEX = [("{", r"\\frac{"), (r"\|", "}{"), (r"\*", r" \\times "), ("/", r" \\div "),
-         ("\u00b2", "^{2}")]
-MATHML = [("/", "\u00f7"), (r"\*", "\u00d7"), ("-", "\u2212"), ("[0-9]+", r"<mn>\g<0></mn>"),
-          ("[xy]", r"<mi>\g<0></mi>"), ("[+()=^\u00f7\u00d7\u2212]", r"<mo>\g<0></mo>"),
-          ("(<m.>[^<]+</m.>)\u00b2", r"<msup>\1<mn>2</mn></msup>"),
-          ("{", "<mfrac><mrow>"), (r"\|", "</mrow><mrow>"), ("}", "</mrow></mfrac>")]
+LATEX = (
+    ("{", r"\\frac{"), (r"\|", "}{"), (r"\*", r" \\times "), ("/", r" \\div "), ("\u00b2", "^{2}"),
+)
+MATHML = (
+    ("/", "\u00f7"), (r"\*", "\u00d7"), ("-", "\u2212"),
+    ("[0-9]+", r"<mn>\g<0></mn>"), ("[xy]", r"<mi>\g<0></mi>"),
+    ("[+()=^\u00f7\u00d7\u2212]", r"<mo>\g<0></mo>"),
+    ("(<m.>[^<]+</m.>)\u00b2", r"<msup>\1<mn>2</mn></msup>"),
+    ("{", "<mfrac><mrow>"), (r"\|", "</mrow><mrow>"), ("}", "</mrow></mfrac>"),
+)
 
-def typeset(text, language):
+def mark_fraction(above, below):
+    return f"{{{'*'.join(map(str, above))}|{'*'.join(map(str, below))}}}"
+
+def typeset(stage, language):
     """A stage as LaTeX or MathML."""
-    text = text.replace("^2", "\u00b2")
-    shown = each_fraction(lambda fraction: f"{{{fraction.translate(BAR)}}}", text)
-    for pattern, replacement in language:
-        shown = re.sub(pattern, replacement, shown)
+    marked = each_fraction(mark_fraction, stage.replace("^2", "\u00b2"))
+    shown = replace_all(language, marked)
     return shown.replace("(", r"\left(").replace(")", r"\right)") if r"\frac" in shown else shown
 
 def to_latex(line):
@@ -998,20 +1005,38 @@ def to_latex(line):
 
 ######## Step 7-3: what a person types, and what is said about the answer ##########################
 
-LOOKALIKES = str.maketrans("\u00d7\u22c5\u00b7\u2217\u00f7\u2215\u2044:"
-                           "\u2212\u2010\u2011\u2013\u2014[{]}", "****////-----(())", "\ufeff")
+class InputError(ValueError):
+    """What a person gave cannot be used. The message says what was wrong, and what to do."""
+
+LOOKALIKES = str.maketrans(
+    "\u00d7\u22c5\u00b7\u2217\u2022\u2219\u2715\u2716\u2a2f" "\u00f7\u2215\u2044\u2797:"
+    "\u2212\u2796\u2795[{]}", "*********" "/////" "--+(())")
+LATEX_TYPED = (
+    (r"\\left|\\right", ""), (r"\\(times|cdot)\b", "*"), (r"\\div\b", "/"), (r"\^\{2\}", "^2"),
+    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"),
+)
+
+def plain(character):
+    """Dashes as "-"; a long one is what a phone makes of "--"; signs that cannot be seen go."""
+    if unicodedata.category(character) == "Pd":
+        return "--" if character in "\u2014\u2015" else "-"
+    return "" if unicodedata.category(character) == "Cf" else character
 
 def normalize(text):
     """What people type, in the characters of VOCAB. Raises InputError for what cannot be meant."""
-    text = text.replace("\u00b2", "^2").replace("**", "^")
+    if re.search(r"[0-9]\s*\\frac|[0-9]\s+[0-9]", text):
+        raise InputError("there is a space inside a number; write 1 1/2 as 1+1/2")
+    text = replace_all(LATEX_TYPED, text.replace("\u00b2", "^2").replace("**", "^"))
     clean = unicodedata.normalize("NFKC", text).translate(LOOKALIKES).lower()
+    clean = "".join(map(plain, clean))
     unknown = [c for c in text if unicodedata.category(c) in ("No", "Lm")]       # raised
-    unknown += [c for c in clean if c not in ID and c != "," and not c.isspace()]
+    unknown += [c for c in clean if c not in VOCAB + "," and not c.isspace()]
     if unknown:
         name = unicodedata.name(unknown[0], "")
-        raise InputError(f"unknown character {ascii(unknown[0])} {name}; write these: {VOCAB[1:]}")
-    if re.search(r"[0-9]\s+[0-9]", clean):
-        raise InputError("there is a space inside a number; write 1 1/2 as 1+1/2")
+        raise InputError(f"unknown character {ascii(unknown[0])} {name}; write these, in UTF-8: "
+                         f"{VOCAB[1:]}")
+    if re.search(r"[0-9)]\s*x\s*[0-9]|[0-9)]\s+x\s+\(", clean):
+        raise InputError("is this x a letter, or does it mean times? write * for times")
     clean = re.sub(r"^\+|\s|=$", "", clean.strip())              # +5 is 5
     thousands = r"\b[1-9][0-9]{0,2}(,[0-9]{3})+\b"
     clean = re.sub(thousands, lambda match: match[0].replace(",", ""), clean)
@@ -1020,638 +1045,569 @@ def normalize(text):
     clean = re.sub("(?<![0-9])0+(?=[0-9])", "", clean).replace("(+", "(")        # 007 is 7
     return re.sub(r"(?<=[-+*/])-((?:[0-9]|[xy](?:\^2)?)+)", r"(-\1)", clean)      # 5--3 is 5-(-3)
 
+START = r"(?:^|(?<=\())"                              # where a sum begins
+LONE = r"[0-9]+|[0-9]*(?:[xy](?:\^2)?|xy|yx)"         # a number or a term: 7, 3x, xy
+INNER = "[^()]"
+for _ in range(4):
+    INNER = rf"(?:[^()]|\({INNER}*\))"                # brackets in brackets in brackets ...
+BRACKETS = (                                          # those that do nothing go
+    (rf"(?<=[0-9xy)])\(({LONE})\)(?!\^)", r"*\1"),               # 4(3x) is 4*3x
+    (rf"\(({LONE})\)(?=[0-9xy(])", r"\1*"),                      # (7)(x+1) is 7*(x+1)
+    (rf"\(({LONE})\)(?!\^)", r"\1"),                             # (7)+5 is 7+5
+    (r"\(([xy])\)", r"\1"),                                      # (x)^2 is x^2
+    (rf"^\(({INNER}*)\)$|\((\({INNER}*\))\)", r"\1\2"),          # ((3+8))*2 is (3+8)*2
+    (rf"{START}\((-(?:{LONE}))\)(?![\^xy(])", r"\1"),            # (-8)+3 is -8+3
+)
+NUMBERS = ((r"(?<=[0-9xy)])\(", "*("), (r"\)(?=[0-9xy])", ")*"))           # 2(3+4) is 2*(3+4)
+LETTERS = (
+    (r"(?<![0-9])1\*?(?=[xy])", ""),                             # 1x is x
+    (r"y\*?x(?!\^)", "xy"),
+    (r"([xy])\*?\1(?!\^)", r"\1^2"),                             # x*x is x^2
+    (rf"(?<![0-9xy)^*])(\({INNER}*\)|[xy]|[xy]\^2)\*([0-9]+)(?![0-9xy(^*])", r"\2\1"),   # x*3: 3x
+    (r"(?<=[0-9xy)])\*(?=[xy(])", ""),                           # 3*(x+1) is 3(x+1)
+)
+
 def prepare(text, model):
-    """What a person typed, as a problem that the model can be asked. Raises InputError."""
+    """What a person typed, in the form in which problems are drawn. Raises InputError."""
     problem = normalize(text)
     room = model.config.block_size // 2 - 2
     if len(problem) > room:
         raise InputError(f"the problem is longer than {room} characters; write it in parts")
-    KINDS[kind_of(problem)].worth(problem)            # raises where it cannot be read
-    while re.fullmatch(r"\(.*\)", problem) and is_true(f"{problem}={problem[1:-1]}"):
-        problem = problem[1:-1]                       # brackets round the whole
-    if not re.search("[xy]", problem):
-        return re.sub(r"(?<=[0-9)])\(", "*(", problem)           # 2(3+4) is asked as 2*(3+4)
-    if "/" not in problem:                            # x*2 and 2*x are asked as 2x
-        item = r"(?:\([^()]*\)|[xy])(?:\^2)?"
-        problem = re.sub(rf"(?<![0-9xy)^*])({item})\*([0-9]+)(?![0-9xy(^*])", r"\2\1", problem)
-        problem = re.sub(r"(?<=[0-9xy)])\*(?=[xy(])", "", problem)
+    exact_value(problem)                              # raises where it cannot be read
+    has_letters = re.search("[xy]", problem) and "/" not in problem
+    before = ""
+    while before != problem:
+        before = problem
+        problem = replace_all(BRACKETS + (LETTERS if has_letters else NUMBERS), problem)
     return problem
 
-def is_outside(problem, config):
-    """Is this problem of a kind that was not learned, or one that could not have been drawn?"""
-    kind = kind_of(problem)
-    return kind not in config.kinds.split() or not KINDS[kind].is_drawn(problem)
-
-RIGHT = "the answer is right"
 OUTSIDE = "this problem is outside the range that the model was trained on"
+RIGHT = "the answer is right"
 
 def explain(line):
-    """The exact check in words: of each stage, and of the answer."""
-    first, *others = worths(line)
-    words = []
-    for before, worth in zip([first, *others], others):
-        if worth is not None and worth == first:
-            words.append("true")
-        elif worth is not None and worth == before:   # after a slip, right but for the slip
-            words.append("follows from that")
-        elif set(words) <= {"true"}:
-            words.append(f"NOT TRUE: it should be {first}")
-        else:
-            words.append("NOT TRUE: another slip")
-    if check(line)[0]:
-        return words, RIGHT
-    if words[-1:] == ["true"]:
-        return words, "it is true but could be simpler, so this is NOT AN ANSWER"
-    return words, "this is NOT the right answer"
+    """The check in words: of each stage, up to the first that is false, and of the answer."""
+    right, checks = check(line)
+    value = exact_value(line.split("=")[0])
+    n_true = [*checks, False].index(False)
+    words = ["true"] * n_true + [f"NOT TRUE: it should be {value}"] + [""] * len(checks)
+    sentence = "this is NOT the right answer"
+    if checks and checks[-1]:
+        sentence = f"it is true but not in its form, {value}, so this is NOT AN ANSWER"
+    return words[:len(checks)], RIGHT if right else sentence
 
 ######## Step 7-4: the page ########################################################################
-
+# A problem is an address, /?q=12*34, for which Python writes a whole document on each visit. So the
+# browser itself takes care of links, Back and reload. Only the colours need a script.
 EXAMPLES = ("12+39", "(12+3)*4-6", "345*27", "1831/23", "48213-51786", "3(2x-1)-2(x+4)",
             "(x+2)(x-3)", "1/2+1/3", "99999*99999")
+STYLE = """
+:root { color-scheme: light dark; --look: light-dark(#8a4b00, #ffb347); }
+body { max-width: 50rem; margin: auto; padding: 1rem; font: 1rem/1.4 system-ui, sans-serif; }
+h1, h2 { font-size: 1.1rem; margin: .8rem 0 .2rem; }
+form, .few { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: .4rem 0; }
+input, button { font: inherit; padding: .3rem .6rem; } form input { flex: 1; min-width: 0; }
+.soft { color: light-dark(#5c5c63, #a5a7ae); font-size: .9rem; }
+.true { color: light-dark(#17652a, #7fd193); }
+.false { color: light-dark(#a8161b, #ff9a94); font-weight: bold; }
+.scroll { overflow: auto hidden; margin: .4rem 0; } #answer { font-size: 1.7rem; }
+td { padding: .1rem .6rem .1rem 0; } @media (max-width: 40rem) { td { display: block; } }
+#tokens { display: flex; flex-wrap: wrap; font: 1.1rem ui-monospace, monospace; }
+.token { min-width: 1.5rem; padding: .2rem 0; text-align: center; text-shadow: 0 0 4px Canvas; }
+label { border-bottom: 2px solid #888; cursor: pointer; }
+label input { appearance: none; margin: 0; padding: 0; outline: 0; }
+label:has(:checked) { outline: 2px solid LinkText; }
+label:has(:focus-visible) { outline-width: 4px; }
+.moment { order: 1; width: 100%; } label:not(:has(:checked)) + .moment { display: none; }
+#grid div { display: flex; width: max-content; font: .75rem ui-monospace, monospace; }
+#grid b { width: 4.2rem; position: sticky; left: 0; background: Canvas; }
+#grid i { width: 1.5rem; border: 1px solid #8884; } #grid .sharp { color: var(--look); }
+#grid i, .token { print-color-adjust: exact; forced-color-adjust: none; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+svg { max-width: 38rem; font: 14px system-ui; fill: currentColor; }
+path { fill: none; stroke: LinkText; stroke-width: 2; }
+"""
+SCRIPT = """
+const tokens = document.querySelectorAll(".token");
+const paint = (element, digit = 0) =>
+  element.style.background = `color-mix(in srgb, var(--look) ${9 * digit}%, transparent)`;
 
-def reply_to(model, text):
-    """What the page shows for a problem, as a dict for JSON. Raises InputError."""
-    problem = prepare(text, model)
+function makeRow(text) {                              // "head 1.3: 0190": a cell for each digit
+  const [name, digits] = text.split(": ");
+  const row = document.createElement("div");
+  row.innerHTML = `<b>${name}</b>` + "<i></i>".repeat(digits.length);
+  row.querySelectorAll("i").forEach((cell, i) => paint(cell, digits[i]));
+  row.onmouseenter = row.onfocus = () => tokens.forEach((token, i) => paint(token, digits[i]));
+  const most = tokens[digits.indexOf(Math.max(...digits))].textContent;
+  const className = /[89]/.test(digits) ? "sharp" : "";
+  return Object.assign(row, {className, tabIndex: 0, role: "img", ariaLabel: `${name}: ${most}`});
+}
+onchange = onpageshow = () => {                       // a token was chosen
+  const heads = document.querySelector("label:has(:checked) + .moment pre");
+  document.querySelector("#grid").replaceChildren(...heads.textContent.split("\\n").map(makeRow));
+  heads.hidden = true;
+  tokens.forEach(token => paint(token));
+};
+"""
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}tinyllm</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style>
+<h1>tinyllm</h1>
+<p class="soft">A small language model that learned school arithmetic from examples. It writes one
+character after another, and no calculator helps it. The check of each step is made afterwards.</p>
+<form action="/"><input name="q" value="{typed}" aria-label="Problem" maxlength="400" required
+  autofocus autocomplete="off" autocapitalize="off" spellcheck="false"><button>Ask</button></form>
+<p class="few">{examples}</p>
+<main>{result}</main>
+{learned}
+"""
+HEADERS = {                                           # nothing may come from the network
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src "
+    "'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store", "Content-Type": "text/html; charset=utf-8"}
+
+def render_chart(title, history, values):
+    """A chart as SVG, of values(point) -> {name: 0 to 1} for each point of a history."""
+    end = history[-1]["minutes"] or 1
+    curves = {}
+    for point in history:
+        x = 20 + 320 * point["minutes"] / end
+        for name, y in values(point).items():
+            curves.setdefault(name, []).append(f"{x:.1f},{170 - 160 * y:.1f}")
+    drawn = ""
+    for i, (name, curve) in enumerate(curves.items()):           # dashes "0 0" are a whole line
+        drawn += (f'<path stroke-dasharray="{2 * i} {3 if i else 0}" d="M{" ".join(curve)} '
+                  f'M356,{16 + 22 * i}h36"/><text x="398" y="{20 + 22 * i}">'
+                  f'{html.escape(name)}</text>')
+    return f"""<h2>{title}</h2><svg viewBox="0 0 460 190" role="img" aria-label="{title}">
+{drawn}<text x="0" y="16">1</text><text x="0" y="174">0</text>
+<text x="270" y="188">{end:.1f} minutes</text></svg>"""
+
+def render_tokens(model, line):
+    """Each token, and after a written one what led to it. The style hides that of all but one."""
+    text, looks, probabilities = watch(model, line)
+    start = text.index("=") + 1
+    parts = [f'<span class="token">{token}</span>' for token in text[:start]]
+    for t, token in enumerate([*text[start:], "end"], start):
+        bars = ""
+        for p, i in zip(*probabilities[t - 1].topk(3)):
+            likely = VOCAB[i].replace("\n", "end")
+            bars += f'<span>{likely} {p:.1%} <meter value="{p:.3f}"></meter></span>'
+        rows = [f"head {layer}.{n}: {shades(head[t - 1, :t], '0123456789')}"
+                for layer, heads in enumerate(looks, 1) for n, head in enumerate(heads, 1)]
+        parts.append(f'''<label class="token"><input type="radio" name="token">{token}</label>
+<div class="moment"><p class="few">{bars}</p><pre>{"&#10;".join(rows)}</pre></div>''')
+    return "".join(parts).replace('name="token"', 'name="token" checked', 1)      # the first one
+
+def render_answer(model, problem):
+    """Ask the model. -> the title, and all that the page says about the line that it wrote."""
+    def math(text):
+        return f'<math displaystyle="true">{typeset(text, MATHML)}</math>'
     line = solve(model, [problem])[0]
-    read, weights, probabilities = watch(model, line)
-    start = read.index("=")
     words, sentence = explain(line)
-    note = OUTSIDE if is_outside(problem, model.config) else ""
-    shown, *stages = [typeset(stage, MATHML) for stage in line.split("=")]
-    tokens = []                                       # what happened at each token that was written
-    for t in range(start, len(read)):
-        values, ids = probabilities[t].topk(3)
-        likeliest = [VOCAB[i].replace("\n", "end") for i in ids.tolist()]
-        heads = [shades(head[t, :t + 1], "0123456789") for head in weights.flatten(0, 1)]
-        tokens.append({"next": list(zip(likeliest, values.tolist())), "heads": heads})
-    return {"problem": shown, "stages": list(zip(stages, words)), "latex": to_latex(line),
-            "right": sentence == RIGHT, "sentence": sentence, "note": note,
-            "read": read, "start": start + 1, "tokens": tokens}
+    answer = f"{problem}={line.split('=')[-1]}"
+    rows = []
+    for stage, word in zip(re.split("(?==)", line), ["", *words]):       # cut before each "="
+        mark = {"t": "true", "N": "false"}.get(word[:1], "soft")
+        rows.append(f'<tr><td>{math(stage)}<td class="{mark}">{word}')
+    return f"{answer} - ", f"""<div id="answer" class="scroll">{math(answer)}</div>
+<p><span class="{"true" if sentence == RIGHT else "false"}">Check: {sentence}.</span>
+<span class="soft">{f"Note: {OUTSIDE}." if is_outside(problem, model.config) else ""}</span></p>
+<div class="scroll" tabindex="0"><table aria-label="Working">{"".join(rows)}</table></div>
+<h2>How it wrote this</h2>
+<p class="soft">Choose a token that it wrote (in the order in which it reads and writes), or step
+with the arrow keys: below are the likeliest there, and where each head looked, from 0 to 9. Heads
+that looked at one place stand out. Point at a row to see it above.</p>
+<div id="tokens" role="radiogroup" aria-label="Tokens">{render_tokens(model, line)}</div>
+<div id="grid" class="scroll"></div>
+<h2>To copy</h2><pre>{line}</pre><pre>{to_latex(line)}</pre><script>{SCRIPT}</script>"""
 
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-           "Cache-Control": "no-store", "Content-Security-Policy":
-           "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
-           "connect-src 'self'; style-src 'nonce-NONCE'; script-src 'nonce-NONCE'"}
+def read_query(query):
+    """The problem in an address. There "+" is a blank if a form wrote it (which writes %2B for a
+    plus), or if it has not two sides. In /?q=1+2 it is a plus."""
+    is_form = re.search("%2[89BF]|%5E", query)                   # a form's ( ) + / ^
+    query = re.sub(r"\+" if is_form else r"(?<![\w)])\+|\+(?![\w(%])", " ", query)
+    return urllib.parse.unquote(query.encode("latin-1")).strip()
 
-class Handler(wsgiref.simple_server.WSGIRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 10                                      # seconds that a client may stall
+    error_message_format = "<!doctype html><title>tinyllm</title><p>%(message)s: %(explain)s"
+    log_message = lambda *_: None                     # it is silent
 
-    def log_message(self, *_):
-        pass
+    def end_headers(self):
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
 
-class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
-    """Serves PAGE (at the end) for a model; port 0 takes a free one. Raises InputError."""
-    request_queue_size, daemon_threads = 128, True
-    allow_reuse_address = os.name != "nt"             # on Windows two servers could share a port
-
-    def __init__(self, model, history=(), host="127.0.0.1", port=8000):
-        self.model, self.host, self.lock = model, host, threading.Lock()
-        kinds = model.config.kinds.split()
-        examples = [problem for problem in EXAMPLES if kind_of(problem) in kinds]
-        lines = solve(model, examples, max_tokens=160)
-        marks = ["" if check(line)[0] else " (it fails here)" for line in lines]
-        self.data = json.dumps({"examples": list(zip(examples, marks)), "history": history,
-                                "heads": model.config.n_head}).replace("<", "\\u003c")
+    def do_GET(self):
+        """Another site (Sec-Fetch-Site) or another name of this computer (Host) is refused."""
+        path, _, query = self.path.partition("?q=")
+        is_ours = self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        name = r"(localhost\.?|127(\.[0-9]+){3}|\[::1\])(:[0-9]*)?"
+        if not (is_ours and re.fullmatch(name, self.headers.get("Host", "").lower())):
+            return self.send_error(403, explain="type the address that the server printed")
+        if len(self.path) > 2000:
+            return self.send_error(414, explain="the address is longer than 2000 characters")
+        if path != "/":
+            return self.send_error(404, explain="a problem has an address such as /?q=12*34")
+        typed, status, title, result = read_query(query), 200, "", ""
         try:
-            super().__init__((host, port), Handler)
-        except (OSError, OverflowError, TypeError, ValueError) as error:
-            raise InputError(f"cannot serve on --host {host} --port {port}: {error}") from error
-        self.set_app(self.respond)
-
-    def handle_error(self, request, client_address):
-        pass                                          # a client that went away harms no other
-
-    def answer(self, request):
-        """GET / is the page, and POST /solve {"problem": text} is answered in JSON. All else is
-        refused, also what comes from another page (Origin) or by another name than ours (Host).
-        request: a dict, as WSGI makes it. Returns the status and the text.
-        """
-        host, port = request.get("HTTP_HOST", ""), self.server_port
-        names = rf"(localhost|[0-9.]+|{re.escape(self.host)})(:{port}){'?' * (port == 80)}"
-        origin = request.get("HTTP_ORIGIN", f"http://{host}")
-        if not re.fullmatch(names, host) or origin != f"http://{host}":
-            return 403, "open the address that the server printed, in a page of its own"
-        asked = request["REQUEST_METHOD"], request["PATH_INFO"]
-        if asked == ("GET", "/"):
-            return 200, PAGE.replace("DATA", self.data)
-        if asked != ("POST", "/solve"):
-            return 404, "there is nothing here; the page is at /, problems go to /solve"
-        if not re.fullmatch("[0-9]{1,4}", request["CONTENT_LENGTH"]):
-            return 413, "a problem is sent with its length, of 9999 bytes at most"
-        try:
-            body = request["wsgi.input"].read(int(request["CONTENT_LENGTH"]))
-            problem = str.strip(json.loads(body)["problem"])
-            with self.lock:                           # one problem at a time; the others wait
-                return 200, json.dumps(reply_to(self.model, problem))
+            if typed:
+                problem = prepare(typed, self.server.model)
+                with self.server.lock:
+                    title, result = render_answer(self.server.model, problem)
         except InputError as error:
-            return 422, str(error)
-        except (ValueError, TypeError, KeyError, RecursionError, OSError):
-            return 400, 'the request is not of the form {"problem": "12*34"}'
+            status, result = 422, f'<p role="alert" class="false">{html.escape(str(error))}</p>'
+        page = PAGE.format(title=title, style=STYLE, typed=html.escape(typed), result=result,
+                           examples=self.server.examples, learned=self.server.learned)
+        self.send_response(status)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(page.encode("utf-8", "replace"))
+    do_HEAD = do_GET
 
-    def respond(self, request, start):
-        status, text = self.answer(request)
-        text = text if status == 200 else json.dumps({"error": text})
-        kind = "text/html" if text.startswith("<") else "application/json"
-        nonce = secrets.token_urlsafe(16)
-        headers = {"Content-Type": f"{kind}; charset=utf-8", **HEADERS}
-        start(f"{status} {'OK' if status == 200 else 'Refused'}",
-              [(name, value.replace("NONCE", nonce)) for name, value in headers.items()])
-        return [text.replace("NONCE", nonce).encode("utf-8")]
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128                          # browsers that may wait
+    handle_error = lambda *_: None                    # a client that went away harms no other
 
-######## Step 7-5: a run, its files and its terminal ###############################################
+def make_server(model, history, port):
+    """A server of the page, for this computer alone; port 0 takes a free one. Raises InputError."""
+    try:
+        server = Server(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot serve on --port {port}: {error}") from error
+    server.model, server.lock = model, threading.Lock()          # heads keep looks: one at a time
+    server.examples = server.learned = ""
+    examples = [problem for problem in EXAMPLES if kind_of(problem) in model.config.kinds.split()]
+    for problem, line in zip(examples, solve(model, examples, max_tokens=160)):
+        mark = "" if explain(line)[1] == RIGHT else " (it fails here)"
+        address = "/?q=" + urllib.parse.quote(problem, safe="*()")
+        server.examples += f'<span><a href="{address}">{problem}</a>{mark}</span>'
+    if history:
+        server.learned = render_chart("How it learned: the loss, in nats", history,
+                                      lambda point: {"loss": min(1, point["loss"])})
+        server.learned += render_chart("The part of held-out answers that was right", history,
+                                       lambda point: point.get("right", {}))
+    return server
 
-def held_out_problems(kind, count, size=None, draw=None, seed=1):
-    """Up to `count` different held-out problems of a kind and size; fewer if there are no more."""
+######## Step 7-5: Muon ############################################################################
+
+def orthogonal(matrix):
+    """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
+
+    (Orthogonal means that all are stretched by 1.) Its singular values s say how much it stretches
+    along each. Five times, each s becomes a s + b s^3 + c s^5, with a = 3.4445, b = -4.775 and
+    c = 2.0315, and ends between 0.7 and 1.2, if it was not tiny. Matrix products suffice: for a
+    matrix x, x @ x.T @ x has the same directions and s^3 (Newton-Schulz iteration).
+
+    >>> matrix = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.1, 0.0]])      # singular values 3 and 0.1
+    >>> [round(s, 1) for s in orthogonal(matrix).diagonal().tolist()]
+    [0.7, 1.1]
+    """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)    # norm: the root of the sum of squares; no s is above 1
+    for _ in range(5):
+        gram = x @ x.T                                                            # (rows, rows)
+        # addmm(m, p, q, beta=b, alpha=c) is b m + c p @ q, in one call
+        factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445, alpha=1)
+    return x
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with momentum and orthogonal steps. (torch.optim's is slow on many CPUs.)"""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups                   # what was given to __init__
+        keep = group["momentum"]
+        for p in group["params"]:
+            # state: what the optimizer keeps for each Parameter, at first zeros
+            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - keep)          # a.lerp(b, w) is (1 - w) a + w b
+            ahead = p.grad.lerp(momentum, keep)       # the newest counts more (Nesterov)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            stretch = max(1, len(p) / p.shape[1]) ** 0.5         # more rows than columns: longer
+            p.sub_(orthogonal(ahead), alpha=group["lr"] * stretch)
+
+######## Step 7-6: the commands ####################################################################
+
+ABILITIES = getattr(torch.cpu, "get_capabilities", dict)()       # came with torch 2.11
+HALF = DEVICE != "cpu" or any(ABILITIES.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+def measure(model, count, size=None, seed=1):
+    """Ask held-out problems of each kind -> {kind: what evaluate says of them}"""
+    return {kind: evaluate(model, held_out_problems(kind, count, size, seed))
+            for kind in model.config.kinds.split()}
+
+def report(model, n_done, loss, minutes, history):
+    """Print a row, a full one at each tenth of the run, and add what it says to history."""
+    steps = model.config.steps
+    left = minutes * (steps - n_done) / n_done
+    if not score_sample(model).isfinite().all():
+        raise InputError("weights are no numbers; the file keeps the state before; lower --lr")
+    row = f"{n_done:7,} {n_done / steps:4.0%} {loss:7.4f} {minutes:5.1f} {left:5.1f}"
+    point = {"step": n_done, "loss": loss, "minutes": minutes}
+    if 10 * n_done // steps > (10 * n_done - 10) // steps:
+        results = measure(model, 100)
+        point["right"] = {kind: result["answers"] for kind, result in results.items()}
+        print(row + "".join(f"{part:8.0%}" for part in point["right"].values()), flush=True)
+    elif sys.stdout.isatty():
+        print(row, end="\r", flush=True)
+    history.append(point)
+
+def save_or_warn(path, model, optimizers, n_done, history):
+    """A disk may be away for a while: only the last save must not fail."""
+    try:
+        save_checkpoint(path, model, optimizers, n_done, history)
+    except InputError as error:
+        if n_done == model.config.steps:
+            raise
+        print(f"tinyllm: {error}; the run goes on and tries again", file=sys.stderr)
+
+def new_model(config):
+    """A model with random weights, chosen by the seed. Raises InputError for what cannot work."""
+    for name, value in dataclasses.asdict(config).items():
+        least = 0 if name in ("seed", "weight_decay", "flat") else 1e-9
+        if name != "kinds" and not least <= value < 2 ** 63:
+            raise InputError(f"--{name} {value} must be more than 0, and not too large")
+    kinds = config.kinds.split()
+    if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - set(KINDS):
+        raise InputError(f"--kinds '{config.kinds}' must name some of: {' '.join(KINDS)}")
+    if config.head_dim % 2 or config.flat >= 1:
+        raise InputError("--head_dim must be even, and --flat below 1")
+    if not 32 <= config.block_size <= config.batch_tokens:
+        raise InputError("--block_size must be at least 32, and --batch_tokens at least that")
+    torch.manual_seed(config.seed)
+    try:
+        return TinyLLM(config).to(DEVICE)
+    except RuntimeError as error:
+        raise InputError("there is no memory for such a model; make it smaller") from error
+
+def command_train(args):
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
+             if hasattr(args, field.name)}
+    path = args.out or ("quick.pt" if args.quick else "tinyllm.pt")
+    if args.quick:                                    # a first taste: one layer learns sums
+        given = {"n_layer": 1, "kinds": "add", "steps": 300, "batch_tokens": 2048, **given}
+    may_replace = args.resume or args.force or RANK > 0 or args.quick and not args.out
+    if os.path.exists(path) and not (may_replace and os.path.isfile(path)):
+        raise InputError(f"{path} exists: give --resume to go on, --force to replace it if it is a "
+                         "plain file, or another --out")
+    if args.resume:
+        model, state = load_checkpoint(path)
+        if set(given) - {"steps"} or given.get("steps", model.config.steps) <= state["step"]:
+            raise InputError(f"{path} has had {state['step']:,} of {model.config.steps:,} steps; "
+                             "--resume takes --steps, a larger number, and nothing else")
+        model.config.steps = given.get("steps", model.config.steps)
+    else:
+        model, state = new_model(Config(**given)), {"step": 0, "history": [], "optimizers": []}
+    config, kinds = model.config, model.config.kinds.split()
+    optimizers = make_optimizers(model, config)
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    if IS_SHARED:
+        dist.init_process_group()
+    some = [held_out_problems(kind, 1)[0] for kind in kinds]
+    if RANK == 0:                                     # process 0 speaks and saves
+        if not args.resume:
+            save_checkpoint(path, model)              # now, not in ten minutes, is the time to fail
+            print("Before training, the model answers:")
+            print(*solve(model.eval(), some, max_tokens=40), sep="\n")
+        print(f"{sum(p.numel() for p in model.parameters()):,} weights on {DEVICE}, "
+              f"{torch.get_num_threads()} threads, steps {state['step']:,} to {config.steps:,}, "
+              f"seed {config.seed}, torch {torch.__version__}")
+        print("   step done    loss   min  left" + "".join(f"{kind:>8}" for kind in kinds))
+    try:
+        fit(model, optimizers, state["step"], state["history"], path)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{path} holds the run up to its last hundredth; go on with: "
+                                f'python tinyllm.py train --resume --out "{path}"') from None
+    if IS_SHARED:
+        dist.destroy_process_group()
+    if RANK == 0:
+        print(f"Saved as {path}. Held-out problems, never given in training:")
+        print_results(measure(model.eval(), 500, seed=2))
+        print("Now it answers:", *solve(model, some), "Now try:", sep="\n")
+        problem = "123+456" if args.quick else some[-1]
+        print(f'    python tinyllm.py ask --checkpoint "{path}" "{problem}"')
+
+def held_out_problems(kind, count, size=None, seed=1):
+    """Up to `count` different held-out problems, of any size or of one; fewer if no more exist."""
     rng = random.Random(f"{seed}/{kind}/{size}")
-    draw = draw or KINDS[kind].draw
     found = {}                                        # keeps the order, as a set does not
     for _ in range(200 * count):
-        problem = draw(rng, size or KINDS[kind].sizes[-1])
-        if is_held_out(problem) and size in (None, KINDS[kind].size(problem)):
+        problem = KINDS[kind].draw(rng, size or KINDS[kind].top)
+        if is_held_out(problem) and size in (None, size_of(problem)):
             found[problem] = True
         if len(found) == count:
             break
     return list(found)
 
-def are_finite(state):
-    return all(tensor.isfinite().all() for tensor in state["model"].values())
+def print_results(results):
+    """A row for each kind, then two wrong lines of each, with their first slip."""
+    print("kind     problems  answers right  workings right")
+    for kind, result in results.items():
+        print(f"{kind:9}{result['problems']:8}  {result['answers']:13.2%}  "
+              f"{result['workings']:14.2%}")
+    for result in results.values():
+        for line in result["wrong"][:2]:
+            words, sentence = explain(line)
+            slip = next((word for word in words if word != "true"), sentence)
+            print(f"wrong: {line[:300]}\n       {slip}")
 
-def write_whole(path, state):
-    """Save beside `path`, then rename, so that the file is always whole. Raises InputError."""
-    if not are_finite(state):
-        raise InputError(f"weights are no numbers: {path} keeps the last good state; lower --lr")
-    beside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:          # torch reports a full disk as a RuntimeError
-        raise InputError(f"cannot write {path} ({type(error).__name__}); give --out a file in a "
-                         "folder that exists and that you may write to") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(beside)
+def command_eval(args):
+    if args.problems < 1 or args.size is not None and args.size < 1:
+        raise InputError("--problems and --size must be at least 1")
+    model, _ = load_checkpoint(args.checkpoint)
+    print(f"Held-out problems, never given in training; greedy decoding; {args.checkpoint}")
+    print_results(measure(model, args.problems, args.size, seed=2))
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint: path -> (model, all that is in the file). Raises InputError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)           # runs no code
-        model = TinyLLM(Config(**state["config"]))
-        model.load_state_dict(state["model"])
-        is_ours = (state["format"], state["vocabulary"]) == (FORMAT, VOCAB)
-        if not (is_ours and are_finite(state)) or set(model.config.kinds.split()) - set(KINDS):
-            raise ValueError
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        reason = f"may not be read ({error.strerror})" if os.path.exists(path) else "is not there"
-        raise InputError(f"the checkpoint {path} {reason}; give another, or train one") from error
-    except Exception as error:                        # a damaged file fails in a dozen ways
-        raise InputError(f"{path} is damaged, no checkpoint, or written by another version of "
-                         "tinyllm; train again") from error
-    return model.to(device).eval(), state
+def read_input():
+    """Lists of lines: typed at a prompt until an empty one, or from a pipe all that wait."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            __import__("readline")                    # line editing, where it exists
+        # the prompt is no part of what may be written to a file
+        screen = sys.stdout if sys.stdout.isatty() else sys.stderr
+        with contextlib.redirect_stdout(screen), contextlib.suppress(EOFError):
+            while text := input("problem (Enter ends): ").strip():
+                yield [text]
+        return
+    rest = b""
+    while data := sys.stdin.buffer.read1(1 << 16):
+        *lines, rest = (rest[:10_000] + data).split(b"\n")       # what is longer is refused anyway
+        yield [line.decode("utf-8", "replace") for line in lines]
+    yield [rest.decode("utf-8", "replace")] if rest else []
 
-def show_live(text):
-    """On a terminal, show a line that the next one replaces, cut to the width."""
-    if sys.stdout.isatty():
-        print("\r" + text.ljust(60)[:os.get_terminal_size().columns - 1], end="\r", flush=True)
-
-def quoted(path):
-    """A path as a terminal takes it."""
-    return f'"{path}"' if os.name == "nt" else shlex.quote(path)
-
-RANK = int(os.environ.get("RANK", 0))                 # torchrun: which process this is, of how many
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-N_PROBLEMS = 100                                      # held-out problems of each kind, for a row
-
-def batches_of_run(model, optimizers, progress, losses, out, report):
-    """For fit (see there): batches until the run is over or Ctrl-C is pressed.
-
-    `torchrun --nproc_per_node=2 tinyllm.py train` starts two processes. Each learns from batches of
-    its own, and their gradients are averaged (Li et al. 2020, "PyTorch Distributed"). So all take
-    the same step and stay equal: one run with a batch twice as large.
-    """
-    presses = []                                      # of Ctrl-C, which waits for the end of a step
-    def wait(*_):
-        presses.append(1)
-        os.write(2, b" stopping ...\n")
-    previous = signal.signal(signal.SIGINT, wait)
-    model.train()
-    config, device = model.config, model.output.weight.device
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        for weight in model.parameters():             # its gradient becomes the mean over all
-            weight.register_post_accumulate_grad_hook(
-                lambda weight: dist.all_reduce(weight.grad.div_(WORLD_SIZE)))
-    if report:
-        asked = {kind: held_out_problems(kind, N_PROBLEMS) for kind in config.kinds.split()}
-        report("  step done   loss tokens/s  min" + "".join(f"{kind:>8}" for kind in asked))
-    # a GPU needs helpers; but they do not know the time, if the run is given one
-    helpers = HELPERS if device.type == "cuda" and not progress["minutes"] else {}
-    n_tokens, resumed_at = 0, progress["seconds"]
-    began = time.perf_counter()
-    for batch in stream_batches(config, progress, **helpers):
-        stop = len(presses)
-        if WORLD_SIZE > 1:                            # one clock, of process 0, and one decision
-            clock = progress["seconds"] if RANK == 0 else 0.0
-            sums = torch.tensor([clock, stop], dtype=torch.float64).to(device)
-            dist.all_reduce(sums)
-            progress["seconds"], stop = sums.tolist()
-        before = part_done(progress, config)
-        if stop or before == 1:
-            break
-        yield [tensor.to(device) for tensor in batch]
-        progress["step"] += 1
-        progress["seconds"] += time.perf_counter() - began
-        n_tokens += batch[0].numel()
-        done = part_done(progress, config)
-        if report and int(100 * done) > int(100 * before):
-            loss = sum(tensor.item() for tensor in losses) / len(losses)
-            minutes = progress["seconds"] / 60
-            losses.clear()
-            point = {"step": progress["step"], "seconds": progress["seconds"], "loss": loss}
-            progress["history"].append(point)
-            speed = n_tokens / (progress["seconds"] - resumed_at)
-            row = f"{progress['step']:6} {done:4.0%} {loss:6.4f} {speed:8,.0f} {minutes:4.1f}"
-            show_live(f"{row}  {minutes * (1 - done) / done:.1f} minutes left")
-            if int(10 * done) > int(10 * before):
-                show_live(f"{row}  measuring ...")
-                right = {kind: evaluate(model, problems)["answers"] / max(1, len(problems))
-                         for kind, problems in asked.items() if not presses}
-                if not presses:
-                    point["right"] = right
-                    show_live("")
-                    report(row + "".join(f"{part:8.0%}" for part in right.values()))
-                save_checkpoint(out, model, optimizers, progress)
-        began = time.perf_counter()                   # measuring does not count as training
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    if stop and report:                               # a second Ctrl-C still spoils nothing
-        save_checkpoint(out, model, optimizers, progress)
-        more = f"; go on with: python tinyllm.py train --resume --out {quoted(out)}"
-        raise KeyboardInterrupt("saved" + more * (before < 1))
-    signal.signal(signal.SIGINT, previous)
-
-######## Step 7-6: on a GPU ########################################################################
-# A GPU computes a step faster than Python can name its parts. So a step is recorded once for each
-# length T of lines, as a CUDA graph, and replayed with other numbers in the same memory.
-
-class RecordedStep:
-    """`learn` for a GPU: step(x, addresses, y) -> the loss. On a CPU, for tests, it does all but
-    the recording. The learning rates are in tensors, which each replay reads anew.
-    """
-
-    def __init__(self, model, optimizers):
-        device = model.output.weight.device
-        self.model, self.optimizers, self.on_gpu = model, optimizers, device.type == "cuda"
-        self.rates = [torch.zeros((), device=device) for _ in optimizers]
-        self.held, self.graphs, self.memory = {}, {}, None
-        self.stream = torch.cuda.Stream() if self.on_gpu else None
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["capturable"] = self.on_gpu          # AdamW asks for it
-            for state in optimizer.state.values():    # of a resumed run: AdamW's count of steps
-                state.update({name: tensor.to(device) for name, tensor in state.items()})
-
-    def __call__(self, *batch):
-        for optimizer, rate in zip(self.optimizers, self.rates):
-            rate.fill_(optimizer.param_groups[0]["lr"])
-            optimizer.param_groups[0]["lr"] = rate
-        B, T = batch[0].shape
-        if T not in self.held:                        # room for a whole batch
-            rows = max(1, self.model.config.batch_tokens // T)
-            self.held[T] = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in batch]
-        held = self.held[T]
-        for room, tensor in zip(held, batch):
-            room[:B] = tensor
-        held[2][B:] = -100                            # rows that are left over do not count
-        if not self.on_gpu:
-            return learn(self.model, self.optimizers, *held)
-        if T in self.graphs:
-            graph, loss = self.graphs[T]
-            graph.replay()
-            return loss.clone()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):          # once as it is, as PyTorch asks for
-            first_loss = learn(self.model, self.optimizers, *held)
-        torch.cuda.synchronize()
-        self.model.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.memory, self.stream):      # this computes nothing
-            loss = learn(self.model, self.optimizers, *held)
-        self.memory, self.graphs[T] = graph.pool(), (graph, loss)
-        return first_loss
-
-def fastest_step(model, optimizers):
-    """A function step(x, addresses, y) -> the loss."""
-    if model.output.weight.device.type == "cuda" and WORLD_SIZE == 1:
-        return RecordedStep(model, optimizers)
-    for optimizer in optimizers:                      # what a GPU saved may go on here
-        optimizer.param_groups[0]["capturable"] = False
-    return functools.partial(learn, model, optimizers)
-
-def ignore_ctrl_c(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # it is the main process that saves
-
-# Helpers send bytes, as tensors need shared memory, of which a container has little.
-HELPERS = {"num_workers": min(8, os.cpu_count() or 1), "collate_fn": pickle.dumps,
-           "worker_init_fn": ignore_ctrl_c}
-
-######## Step 7-7: the commands ####################################################################
-
-def check_config(config):
-    """Raises InputError for numbers that cannot work."""
-    for name, value in dataclasses.asdict(config).items():
-        may_be_0 = isinstance(value, bool) or name in ("seed", "weight_decay", "flat")
-        if name != "kinds" and not (0 < value < 2 ** 63 or may_be_0 and value == 0):
-            raise InputError(f"--{name} {value} must be more than 0, and not too large")
-    kinds = config.kinds.split()
-    if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - set(KINDS):
-        raise InputError(f"--kinds '{config.kinds}' must name some of: {' '.join(KINDS)}")
-    if config.head_dim % 8 or config.flat >= 1:
-        raise InputError("--head_dim must be a multiple of 8, and --flat below 1")
-    rng = random.Random(0)
-    problems = [draw_problem(kind, rng, False) for kind in kinds for _ in range(200)]
-    longest = max(len(solve_by_rules(problem, config.working)) for problem in problems)
-    for name, given in (("block_size", config.block_size), ("batch_tokens", config.batch_tokens)):
-        if longest >= given:
-            raise InputError(f"--{name} {given} is too short for a line of {longest}")
-
-def command_train(out: str = "", minutes: float = None, quick: bool = False,
-                  resume: bool = False, force: bool = False, device: str = "auto", **config):
-    """Train a model from scratch.
-
-    out: checkpoint to write (default: tinyllm.pt)
-    minutes: train for a given time instead of a number of steps
-    quick: a first taste: one layer learns sums, in seconds, into quick.pt, which it may replace
-    resume: go on with the run in --out
-    force: replace --out if it exists
-    """
-    if quick:
-        config = {"n_layer": 1, "kinds": "add", "steps": 300, "batch_tokens": 2048, **config}
-        out, force = out or "quick.pt", force or not out
-    out = out or "tinyllm.pt"
-    model, state = None, {"config": {}, "progress": new_progress(), "optimizers": []}
-    if resume:
-        model, state = load_checkpoint(out)
-    if resume and set(config) - {"steps"}:
-        raise InputError("--resume goes on with the run as it was: give only --steps or --minutes")
-    if minutes is not None and not 0 < minutes < 1e6:
-        raise InputError(f"--minutes {minutes} must be more than 0")
-    if "steps" not in config:
-        minutes = minutes or state["progress"]["minutes"]
-    progress = {**state["progress"], "minutes": minutes}
-    config = Config(**{**state["config"], **config})
-    check_config(config)
-    device = pick_device(device)
-    if part_done(progress, config) == 1:
-        raise InputError(f"{out} has had all its steps; give more --steps or --minutes")
-    if os.path.exists(out) and (not os.path.isfile(out) or os.path.islink(out)):
-        raise InputError(f"--out {out} is no plain file; give it the name of a file")
-    if os.path.exists(out) and not (resume or force or RANK > 0):
-        raise InputError(f"{out} exists: give --resume to go on, --force to replace it, or --out")
-    torch.manual_seed(config.seed)
-    try:
-        model = (model or TinyLLM(config)).to(device)
-    except RuntimeError as error:
-        raise InputError("there is no memory for such a model; make it smaller") from error
-    model.config = config                             # --steps may be new
-    optimizers = make_optimizers(model, config)
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    if RANK > 0:                                      # process 0 speaks and saves
-        return fit(model, optimizers, progress, out)
-    some = [held_out_problems(kind, 1)[0] for kind in config.kinds.split()]
-    if not resume:
-        save_checkpoint(out, model)                   # now, not in ten minutes, is the time to fail
-        print("Before training, the model answers:", *solve(model.eval(), some, max_tokens=40),
-              sep="\n    ")
-    until = f"{minutes:g} minutes" if minutes else f"{config.steps:,} steps"
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights on {device}, threads: "
-          f"{torch.get_num_threads()}, from step {progress['step']:,} to {until}, seed "
-          f"{config.seed}, torch {torch.__version__}")
-    fit(model, optimizers, progress, out, print)
-    print(f"Trained in {progress['seconds'] / 60:.1f} minutes, saved as {out}. Measuring ...")
-    measure(model, {kind: held_out_problems(kind, 500, seed=2) for kind in config.kinds.split()})
-    print("Now it answers:", *solve(model, some), sep="\n    ")
-    problem = "123+456" if quick else some[-1]
-    print(f'Now try:\n    python tinyllm.py ask --checkpoint {quoted(out)} "{problem}"')
-    print(f"    python tinyllm.py eval --checkpoint {quoted(out)}")
-
-def measure(model, asked):
-    """Ask lists of problems by name; print a row for each when it is ready. Returns the results."""
-    print(f"{'':26} problems  answers right  workings right  length")
-    results = {}
-    for name, problems in asked.items():
-        result = results[name] = evaluate(model, problems)
-        n = max(1, len(problems))
-        print(f"{name:26} {len(problems):8}  {result['answers'] / n:13.2%}  "
-              f"{result['workings'] / n:14.2%} {result['length']:7.1f}")
-    return results
-
-def command_eval(checkpoint: str = "tinyllm.pt", problems: int = 1000, target: float = 0.0,
-                 device: str = "auto"):
-    """Measure a model on held-out problems.
-
-    problems: held-out problems of each kind
-    target: exit with status 1 if the part of right answers, 0 to 1, is smaller for a kind
-    """
-    if problems < 1 or not 0 <= target <= 1:
-        raise InputError("--problems must be at least 1, and --target a part from 0 to 1")
-    model, _ = load_checkpoint(checkpoint, pick_device(device))
-    kinds = model.config.kinds.split()
-    asked = {kind: held_out_problems(kind, problems) for kind in kinds}
-    some = max(1, problems // 5)
-    for kind in kinds:
-        for size in [*KINDS[kind].sizes, *KINDS[kind].beyond]:
-            name = f"{kind} {size}" + "*" * (size in KINDS[kind].beyond)
-            asked[name] = held_out_problems(kind, some, size)
-        for name, (_, draw) in KINDS[kind].practice.items():
-            asked[f"{kind} {name}"] = held_out_problems(kind, some, draw=draw)
-    print(f"Held-out problems, greedy decoding, {checkpoint}: by kind, size, and what it practised."
-          "\n* is larger than what is asked above, and rare or unknown in training.")
-    results = measure(model, asked)
-    for line in [line for kind in kinds for line in results[kind]["wrong"][:2]]:
-        words, sentence = explain(line)
-        first = next((said for said in words if said != "true"), sentence)
-        print(f"wrong: {line[:300]}\n       {first}")
-    low = [kind for kind in kinds if results[kind]["answers"] / len(asked[kind]) < target]
-    if low:
-        print(f"below the target of {target}: {', '.join(low)}")
-    return 1 if low else 0
-
-def command_ask(*problem, checkpoint: str = "tinyllm.pt", plain: bool = False,
-                latex: bool = False, device: str = "auto"):
-    """Ask the model.
-
-    problem: such as "12*34"; none: a prompt, or a pipe with a problem a line
-    plain: one line in, one full line out
-    latex: the working as LaTeX
-    """
-    model, _ = load_checkpoint(checkpoint, pick_device(device))
-    status = 0
-    for texts in [problem] if problem else lines_of_input():
-        asked = []                                    # for each text a problem, or an error
-        for text in texts:
+def command_ask(args):
+    if args.plain and args.latex:
+        raise InputError("give --plain or --latex, not both")
+    model, _ = load_checkpoint(args.checkpoint)
+    alone = len(args.problem) == 1 or not args.problem and sys.stdin.isatty()
+    status, n_read = 0, 0
+    for texts in [args.problem] if args.problem else read_input():
+        problems, errors = [], {}
+        for i, text in enumerate(texts):
             try:
-                asked.append(prepare(text, model))
+                problems.append(prepare(text, model))
             except InputError as error:
-                asked.append(error)
-                status = 2
-        lines = iter(solve(model, [one for one in asked if isinstance(one, str)]))
-        for one in asked:
-            if plain:
-                print(f"error: {one}" if isinstance(one, InputError) else next(lines))
-            elif isinstance(one, InputError):
-                print(f"tinyllm: {one}", file=sys.stderr)
+                problems.append(None)
+                errors[i] = error
+        lines = iter(solve(model, [problem for problem in problems if problem]))
+        for i, problem in enumerate(problems):
+            n_read += 1
+            where = "" if alone else f"{'problem' if args.problem else 'line'} {n_read}: "
+            if problem:
+                show(next(lines), model.config, args, where)
             else:
-                show(next(lines), model.config, latex)
+                status = 2
+                print(f"tinyllm: {where}{errors[i]}", file=sys.stderr)
+                print(f"error: {errors[i]}\n" if args.plain else "", end="", flush=True)
     return status
 
-def show(line, config, latex):
-    """Print a line as LaTeX, or as a notebook shows it: a stage a row, with the check of each."""
+def show(line, config, args, where):
+    """Print a line, plain, as LaTeX or as a notebook shows it: a stage a row, with its check."""
     problem, *stages = line.split("=")
     words, sentence = explain(line)
-    note = f"note: {OUTSIDE}" if is_outside(problem, config) else ""
-    if latex:
-        print(to_latex(line))
-        if {*words, sentence} != {"true", RIGHT} or note:
-            said = ", ".join(words)
-            print(f"check: {said}; {sentence}: {line}\n{note}".strip(), file=sys.stderr)
-        return
-    width = max(map(len, stages), default=0)
-    left = problem
-    for stage, said in zip(stages, words):
-        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-            said = f"\x1b[{32 if said == 'true' else 31}m{said}\x1b[0m"
-        print(f"{left:{len(problem)}} = {stage:{width}}   check: {said}")
-        left = ""
-    if sentence != RIGHT:
-        print(f"check: {sentence}")
-    if note:
-        print(note)
+    notes = [OUTSIDE] if is_outside(problem, config) else []
+    notes += [sentence] if sentence != RIGHT and not args.plain else []
+    if args.plain or args.latex:
+        print(line if args.plain else to_latex(line), flush=True)
+    else:
+        width = max(map(len, stages), default=0)
+        for stage, word in zip(stages, words):
+            print(f"{problem} = {stage:{width}}   {word and 'check: ' + word}".rstrip())
+            problem = " " * len(problem)
+    for note in notes:
+        print(f"{where}note: {note}", file=sys.stderr if where or args.latex else sys.stdout)
 
-def lines_of_input():
-    """Lists of lines: typed at a prompt until an empty one, or from a pipe all that wait."""
-    if not sys.stdin.isatty():
-        rest = b""
-        for data in iter(lambda: os.read(sys.stdin.fileno(), 1 << 14), b""):
-            *lines, rest = (rest + data).split(b"\n")
-            yield [line.decode("utf-8", "replace") for line in lines]
-        yield [rest.decode("utf-8", "replace")] if rest else []
-        return
-    with contextlib.suppress(ImportError):
-        __import__("readline")                        # line editing, where it exists
-    with contextlib.suppress(EOFError):
-        for text in iter(lambda: input("problem (Enter ends): ").strip(), ""):
-            if text in ("q", "quit", "exit"):
-                return
-            yield [text]
+def command_look(args):
+    model, _ = load_checkpoint(args.checkpoint)
+    problems = [prepare(text, model) for text in args.problem or ["12+39"]]
+    for line in solve(model, problems):
+        print(f"{line}\nThe line stands as the model reads it.\n{draw_looks(model, line)}")
 
-def command_look(*problem, checkpoint: str = "tinyllm.pt", device: str = "auto"):
-    """See what the model looked at while it wrote."""
-    model, _ = load_checkpoint(checkpoint, pick_device(device))
-    for line in solve(model, [prepare(text, model) for text in problem or ["12+39"]]):
-        print(f"{line}\nThe line stands as the model reads it.\n{look(model, line)}")
-
-def command_serve(checkpoint: str = "tinyllm.pt", port: int = 8000, host: str = "127.0.0.1",
-                  device: str = "auto"):
-    """Serve a page for the browser.
-
-    port: port to listen on
-    host: address to listen on; any other than 127.0.0.1 lets other machines in
-    """
-    model, state = load_checkpoint(checkpoint, pick_device(device))
-    with Server(model, state["progress"]["history"], host, port) as server:
-        if host not in ("127.0.0.1", "localhost"):
-            print("warning: everyone who can reach this machine can use this page")
-        name = "127.0.0.1" if host == "0.0.0.0" else host
-        print(f"http://{name}:{server.server_port}/ (Ctrl-C ends it)")
+def command_serve(args):
+    model, state = load_checkpoint(args.checkpoint)
+    with make_server(model, state["history"], args.port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
-def command_data(kind: str = "", split: str = "train", count: int = 10, seed: int = 0):
-    """Print examples of what the model learns from.
-
-    kind: kind of problem; none: all of them
-    split: train or test
-    count: lines to print
-    seed: chooses the problems
-    """
-    if kind not in ("", *KINDS) or split not in ("train", "test") or count < 1:
-        raise InputError(f"--kind is one of {' '.join(KINDS)}, --split train or test, --count 1 up")
-    rng = random.Random(seed)
-    for _ in range(count):
-        print(solve_by_rules(draw_problem(kind or rng.choice(list(KINDS)), rng, split == "test")))
-
-def has_fast_bfloat16(device):
-    """Does this device multiply bfloat16, numbers of half the bits, faster than float32?"""
-    able = torch.cpu.get_capabilities()
-    is_fast = able.get("avx512_bf16") or able.get("amx_bf16") or False
-    return device == "cuda" or device == "cpu" and is_fast
-
-def pick_device(name):
-    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if there["cuda"] else "cpu"
-    if not there.get(name):
-        raise InputError(f"--device {name}: there is no such device here; use --device cpu")
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # one for each process
-    return name
+def command_data(args):
+    if args.count < 1:
+        raise InputError("--count must be at least 1")
+    rng = random.Random(args.seed)
+    for _ in range(args.count):
+        kind = args.kind or rng.choice(list(KINDS))
+        print(work_out(draw_problem(kind, rng, args.split == "test")))
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
 
-COMMANDS = {"train": command_train, "eval": command_eval, "ask": command_ask, "look": command_look,
-            "serve": command_serve, "data": command_data}
-
 def make_parser():
-    """A command for each function, a flag for each parameter, help from docstrings and comments."""
+    """The command line: a sub-command for each function, and a flag for each field of Config."""
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
-    parser.set_defaults(function=parser.print_help)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    common = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M),
-                  device="auto, cpu, cuda or mps", checkpoint="file of the model",
-                  problem='such as "12+39"')
-    for command, function in COMMANDS.items():
-        text = inspect.getdoc(function)
-        sub = commands.add_parser(command, help=text.split("\n")[0])
-        sub.set_defaults(function=function)
-        texts = {**common, **dict(re.findall(r"^(\w+): (.*)", text, re.M))}
-        flags = dict(inspect.signature(function).parameters)
-        if flags.pop("problem", None):
-            sub.add_argument("problem", nargs="*", help=texts["problem"])
-        if flags.pop("config", None):                 # **config: every field of Config
-            flags.update(inspect.signature(Config).parameters)
-        for name, flag in flags.items():
-            how = {"type": flag.annotation}
-            if flag.annotation is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            about = texts[name]
-            if flag.default not in (None, ""):
-                about += f" (default: {flag.default})"
-            sub.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about, **how)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name, function, about):
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(function=function)
+        return command
+
+    train = add("train", command_train, "Train a model from scratch.")
+    train.add_argument("--out", help="checkpoint to write (default: tinyllm.pt)")
+    train.add_argument("--quick", action="store_true", help="a first taste: sums, into quick.pt")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--force", action="store_true", help="replace --out if it exists")
+    about = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        train.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS,
+                           help=f"{about[field.name]} (default: {field.default})")
+    evaluation = add("eval", command_eval, "Measure a model on held-out problems.")
+    evaluation.add_argument("--problems", type=int, default=1000, help="problems of each kind")
+    evaluation.add_argument("--size", type=int, help="exactly so many digits, or operators")
+    ask = add("ask", command_ask, "Ask the model.")
+    ask.add_argument("--plain", action="store_true", help="one line in, one full line out")
+    ask.add_argument("--latex", action="store_true", help="the working as LaTeX")
+    look = add("look", command_look, "See what the model looked at while it wrote.")
+    serve = add("serve", command_serve, "Ask and look in the browser.")
+    serve.add_argument("--port", type=int, default=8000, help="the port (default: 8000)")
+    for command in (ask, look):
+        command.add_argument("problem", nargs="*", help='such as "12+39"; for ask also a pipe')
+    for command in (evaluation, ask, look, serve):
+        command.add_argument("--checkpoint", default="tinyllm.pt", help="file of the model")
+    data = add("data", command_data, "Print examples of what the model learns from.")
+    data.add_argument("--kind", choices=KINDS, help="kind of problem; none: all of them")
+    data.add_argument("--split", choices=("train", "test"), default="train", help="which side")
+    data.add_argument("--count", type=int, default=10, help="lines to print")
+    data.add_argument("--seed", type=int, default=0, help="chooses the problems")
     return parser
 
 def main(argv=None):
-    """Run a command; returns the exit status: 0 fine, 1 below --target, 2 bad input, 130 Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # each line goes out at once, and what a console cannot show is a "?"
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    """Run a command; returns the exit status: 0 fine, 2 bad input, 130 Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):        # a stream can be closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):            # what a console cannot show is a "?"
+        sys.stdout.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
-    argv = [re.sub("^(?=-[0-9xy(])", " ", text) for text in argv]    # -5+3 is a problem, no flag
+    argv = [re.sub("^(?=-(?!-[a-z]|h$))", " ", text) for text in argv]     # -5+3 is no flag
     try:
-        args = vars(make_parser().parse_args(argv))
-        return args.pop("function")(*args.pop("problem", []), **args) or 0
+        args = make_parser().parse_args(argv)
+        return args.function(args) or 0
     except InputError as error:
         print(f"tinyllm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         print(f"\ntinyllm: stopped; {stop}".rstrip("; "), file=sys.stderr)
         return 130
     except OSError as error:                          # a full disk, or a reader that has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):        # as `head -1` does
             return 0
         print(f"tinyllm: input or output failed: {error}", file=sys.stderr)
@@ -1659,70 +1615,89 @@ def main(argv=None):
 
 ######## Appendix 1: what a stage is worth #########################################################
 
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.MatMult: "*", ast.Div: "/", ast.Pow: "^2",
-         ast.USub: "-"}
-NONSENSE = r"[-+*/]{2}|[xy)][0-9]|\^(?!2(?![0-9^]))"          # 5--3, x3, x^3
-UNREADABLE = ("this cannot be read; see that each sign has two sides and each bracket its partner, "
-              "and write 3x for x3, x^2 for a square, and a * behind a division")
-DIVIDED = "letters cannot be divided here; write it without the division"
-
-def read(text, make, combine):
-    """Read a text by school precedence, which is Python's own. make(token) makes something of a
-    number or a letter, and combine(sign, a, b) of two such things; b is None for a minus in front
-    and for "^2". So one reader serves the check and the working. Raises InputError.
-    """
-    def walk(node):                                   # Python's tree of the text, leaves first
-        if isinstance(node, ast.BinOp):
-            first = getattr(node.left, "op", None)
-            if isinstance(node.op, ast.MatMult) and isinstance(first, ast.Div):
-                if node.left.col_offset == node.col_offset:      # no bracket: 6/2(1+2), 6/2x
-                    raise SyntaxError
-            b = None if isinstance(node.op, ast.Pow) else walk(node.right)
-            return combine(SIGNS[type(node.op)], walk(node.left), b)
-        if isinstance(node, ast.UnaryOp):
-            return combine(SIGNS[type(node.op)], walk(node.operand), None)
-        return make(node.value if isinstance(node, ast.Constant) else node.id)
-
-    if len(text) > 400 or text.count("(") > 80:
-        raise InputError("the problem is too long, or has too many brackets; write it in parts")
-    try:
-        if re.search(NONSENSE, text):
-            raise SyntaxError
-        # 3(x+1) becomes 3@(x+1), where @ binds as * does
-        python = re.sub(r"(?<=[0-9xy)])(?=[xy(])", "@", text).replace("^2", "**2")
-        return walk(ast.parse(python, mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError) as error:
-        raise InputError(UNREADABLE) from error
-
-def make_terms(token):
-    return [(token, "")] if isinstance(token, int) else [(1, token)]
-
-def combine_terms(sign, a, b):
-    """Two sums, as lists of terms: 3x-2 is [(3, "x"), (-2, "")]. What they are combined to."""
-    if sign == "^2":
-        if not any(letters for _, letters in a):
-            raise InputError("only letters, and brackets with letters, can be squared; write 3*3")
-        return combine_terms("*", a, a)
-    if b is None:
-        return [(-n, letters) for n, letters in a]
-    if sign in ("+", "-"):
-        return a + (b if sign == "+" else combine_terms("-", b, None))
-    for terms in (a, b):                              # without letters a factor is one number
-        if not any(letters for _, letters in terms):
-            terms[:] = [(sum(n for n, _ in terms), "")]
-    if sign == "/":
-        if len(a) > 1 or len(b) > 1 or a[0][1] or b[0][1]:
-            raise InputError(DIVIDED)
-        if b[0][0] == 0:
-            raise InputError("a division by zero has no answer; change the divisor")
-        return [(Fraction(a[0][0]) / b[0][0], "")]
-    if max(len(some + more) for _, some in a for _, more in b) > 2:
-        raise InputError("only products up to x^2, xy and y^2 are known; write fewer letters")
-    return [(n * m, "".join(sorted(some + more))) for n, some in a for m, more in b]
-
 MONOMIALS = ("xx", "xy", "yy", "x", "y", "")          # in the order in which an answer has them
 
-def join_terms(terms):
+def read(text):
+    """A text as its terms, multiplied out: 3(2x-1)-y is [(6, "x"), (-3, ""), (-1, "y")].
+
+    Each line of this grammar is a function below (recursive descent). Raises InputError.
+
+        sum      a minus or nothing, a product, then any number of + product or - product
+        product  a power, then any number of * power, / power, or power alone: 3x, 2(x+1)
+        power    a number, a letter or a sum in brackets, then ^2 or nothing
+    """
+    if len(text) > 400 or text.count("(") > 80:
+        raise InputError("the problem is too long, or has too many brackets; write it in parts")
+    tokens = re.findall(r"\^2(?![0-9])|[0-9]+|.", text) + ["the end"]
+
+    def accept(*wanted):
+        return tokens.pop(0) if tokens[0] in wanted else ""
+
+    def read_sum():
+        terms, sign = [], accept("-") or "+"
+        while sign:
+            factor = -1 if sign == "-" else 1
+            terms += [(factor * n, letters) for n, letters in read_product()]
+            sign = accept("+", "-")
+        return terms
+
+    def read_product():
+        terms, sign = read_power(), "*"
+        while tokens[0] in ("*", "/", "x", "y", "("):
+            if sign == "/" and tokens[0] not in ("*", "/"):
+                raise InputError("6/2(1+2) has two meanings; write a * behind a division")
+            sign = accept("*", "/")
+            combine = divide_terms if sign == "/" else multiply_terms
+            terms = combine(terms, read_power())
+        return terms
+
+    def read_power():
+        token = tokens.pop(0)
+        if token in ("x", "y"):
+            terms = [(1, token)]
+        elif token.isdigit():
+            terms = [(int(token), "")]
+        elif token == "(":
+            terms = read_sum()
+            if not accept(")"):
+                raise InputError("a bracket is not closed; see that each has its partner")
+        else:
+            rest = "".join([token, *tokens]).removesuffix("the end")[:20]
+            raise InputError(f"something is missing before {rest or 'the end'}; each sign has two "
+                             "sides, and each bracket its partner")
+        if accept("^2"):
+            if not any(letters for _, letters in terms):
+                raise InputError("only letters can be squared, also in brackets; write 3*3")
+            terms = multiply_terms(terms, terms)
+        return terms
+
+    terms = read_sum()
+    if tokens != ["the end"]:
+        raise InputError(f"{''.join(tokens[:-1])[:20]} cannot be read; write * for times, 3x for "
+                         "x3, only x^2 as a power, and see that each bracket has its partner")
+    return terms
+
+def add_up(terms):
+    """A sum without letters as one number; others as they are."""
+    has_letters = any(letters for _, letters in terms)
+    return terms if has_letters else [(sum(n for n, _ in terms), "")]
+
+def multiply_terms(a, b):
+    products = [(n * m, "".join(sorted(some + more)))
+                for n, some in add_up(a) for m, more in add_up(b)]
+    if any(letters not in MONOMIALS for _, letters in products):
+        raise InputError("only products up to x^2, xy and y^2 are known; write fewer letters")
+    return products
+
+def divide_terms(a, b):
+    [(above, letters), *more_above], [(below, more), *more_below] = add_up(a), add_up(b)
+    if letters or more or more_above or more_below:
+        raise InputError("letters cannot be divided here; write it without the division")
+    if below == 0:
+        raise InputError("a division by zero has no answer; change the divisor")
+    return [(Fraction(above) / below, "")]
+
+def write_terms(terms):
     """Terms to text: [(1, "xx"), (-1, "x")] is x^2-x, and [] is 0."""
     text = "".join(f"{'' if n < 0 else '+'}{n}{letters}" for n, letters in terms)
     text = text.replace("xx", "x^2").replace("yy", "y^2")
@@ -1735,81 +1710,56 @@ def exact_value(text):
     ('2+3/4', '-3-1/2', '2x+1')
     """
     total = dict.fromkeys(MONOMIALS, 0)
-    for n, letters in read(text, make_terms, combine_terms):
+    for n, letters in read(text):
         total[letters] += n
     number = total.pop("")
     if any(n % 1 for n in total.values()):
-        raise InputError(DIVIDED)
+        raise InputError("letters with fractions are not known; write it without the division")
     terms = [(n, letters) for letters, n in total.items()]
     terms += [(int(number), ""), (number - int(number), "")]
-    return join_terms(term for term in terms if term[0])
+    return write_terms([term for term in terms if term[0]])
 
-def worths(line):
-    """What each part of a line is worth; None if it cannot be read."""
-    parts, found = line.split("="), []
-    worth = KINDS[kind_of(parts[0])].worth
-    for part in parts:
-        try:
-            found.append(worth(part))
-        except InputError:
-            found.append(None)
-    return found
+######## Appendix 2: the working ###################################################################
+# A stage with numbers is written again by a list of replacements, each wherever it fits. A number
+# that was found keeps its brackets till the end of the list: so a stage takes one step everywhere.
 
-def is_true(line):
-    """Are all parts of a line worth the same? What cannot be read is not true."""
-    first, *others = worths(line)
-    return first is not None and set(others) == {first}
+def replace_all(replacements, text):
+    for pattern, new in replacements:
+        text = re.sub(pattern, new, text)
+    return text
 
-######## Appendix 2: the next stage of the working #################################################
+def do_sum(match):
+    return str(int(match[1]) + int(match[2]))
 
-@dataclasses.dataclass
-class Part:
-    """A part of a stage while it is written again."""
-    text: str                   # how it is written
-    binds: int = 3              # 1 a sum, 2 a product or quotient, 3 what stands by itself
-    rest: str = ""              # what is written behind the first factor
-    is_given: bool = False      # is it a plain number that stood there already?
-    summands: list = None       # of a product or quotient just done: the sum that it became
+def do_product(match):
+    sign, a, operation, b, behind = match.groups()
+    a, b = int(a), int(b)
+    if operation == "*":
+        summands = multiply(a, b)
+        return sign + (f"({'+'.join(summands)})" if len(summands) > 1 else summands[0])
+    if a == 0 or a == b or b == 1:
+        return f"{sign}{a // b}"
+    if a < b:                                         # 3/7*2: nothing to be done
+        return match[0]
+    taken = first_part(a, b)
+    if behind:                                        # 1831/23*2 is (70+(1831-1610)/23)*2
+        return f"{sign}({taken}+({a}-{taken * b})/{b})"
+    return f"{sign}{taken}{sign or '+'}({a}-{taken * b})/{b}"
 
-def combine_parts(sign, a, b):
-    """The operation done, if both sides stand there as plain numbers; else written as it was."""
-    if b is None:
-        return negate(a)
-    if not (a.is_given and b.is_given):
-        return join_parts(sign, a, b)
-    m, n = int(a.text), int(b.text)
-    if sign in ("+", "-"):
-        signed = n if sign == "+" else -n             # signs are a stage of their own: 5-(-3)=5+3
-        return Part(f"{m}{signed:+}", 1) if n < 0 else Part(str(m + signed))
-    if m * n and min(m, n) < 0:                       # -4*27=-(4*27), -3*(-4)=3*4
-        unsigned = Part(f"{abs(m)}{sign}{abs(n)}", 2)
-        return unsigned if m * n > 0 else negate(unsigned)
-    summands = multiply(abs(m), abs(n)) if sign == "*" else divide(abs(m), abs(n))
-    if len(summands) > 1:
-        return Part("+".join(summands), 1, summands=summands)
-    text = "".join(summands) or "0"
-    return Part(text, 2 if "/" in text else 3, summands=summands)
+def turn_sign(match):
+    sign, factors, number = match.groups()
+    return ("+" if sign == "-" else "-") + factors + number
 
-def join_parts(sign, a, b):
-    """The operation as it is written, with the brackets that it needs."""
-    is_sum = sign in ("+", "-")
-    if is_sum and b.summands == []:                   # 8+0/7 is 8
-        return Part(a.text, a.binds, a.rest)
-    if is_sum and b.summands and not all(map(str.isdigit, b.summands)):
-        return Part(sign.join([a.text, *b.summands]), 1)         # 70+8+37/23
-    binds = 1 if is_sum else 2
-    left = a.text if a.binds >= binds else f"({a.text})"
-    right = b.text if b.binds > binds else f"({b.text})"
-    if right.startswith("-"):                         # 5+(-3)*4
-        right = f"({right.removesuffix(b.rest)}){b.rest}"
-    return Part(left + sign + right, binds, a.rest + sign + right)
-
-def negate(a):
-    if re.fullmatch("-?[0-9]+", a.text):
-        return Part(str(-int(a.text)), is_given=a.is_given)
-    if a.summands and "/" in a.text:                  # -(70+221/23) is -70-221/23
-        return Part("-" + "-".join(a.summands), 1)
-    return Part(f"-{a.text}" if sides(a.text) else f"-({a.text})")
+RULES = (
+    (rf"{START}(-?[0-9]+)([-+][0-9]+)(?![0-9*/])", do_sum),        # (12+3)*4 is (15)*4
+    (r"(?<=[0-9)])[-+]0/[0-9]+(?![0-9*/])", ""),                   # 8+0/7 is 8
+    (rf"([-+]|{START})([0-9]+)([*/])([0-9]+)(?=([*/]?))", do_product),       # 5+3*4 is 5+12
+    (rf"([-+]|{START})((?:[0-9]+[*/])*)\(-([0-9]+)\)", turn_sign),           # 5-2*(-3) is 5+2*3
+    (r"\(([0-9]+)\)", r"\1"),                                      # (15)*4 is 15*4
+    (rf"{START}\+", ""),                                           # +7 is 7
+    (rf"{START}-0(?![0-9])", "0"),                                 # -0 is 0
+    (rf"{START}\(((?:[^()]|\([^()]*\))*)\)(?![*/])", r"\1"),       # (6000+900)+5 is 6000+900+5
+)
 
 def places(n):
     """345 -> [300, 40, 5], and 306 -> [300, 6]"""
@@ -1830,44 +1780,40 @@ def multiply(a, b):
         return [f"{part}*{b}" for part in first]
     return [f"{a}*{part}" for part in second]
 
-def divide(a, b):
-    """The summands of a quotient. A multiple of the divisor is taken off, a digit with zeros:
-    1831/23 is 70+(1831-1610)/23. (From 11 on nobody knows the tables: a pupil takes 25 for 23.)
+def first_part(a, b):
+    """What is taken off a quotient first, a digit with zeros: of 1831/23 it is 70. (From 11 on
+    nobody knows the tables: a pupil takes 25 for 23.)
     """
-    if a < b:
-        return [simplify(f"{a}/{b}")] if a else []
-    if a == b or b == 1:
-        return [str(a // b)]
     unit = 5 if b < 50 else 10
     rounded = b if b <= 10 else (b // unit + 1) * unit
     digits = str(max(1, a // rounded))
-    taken = int(digits[0]) * 10 ** (len(digits) - 1)
-    return [str(taken), f"({a}-{taken * b})/{b}"]
+    return int(digits[0]) * 10 ** (len(digits) - 1)
 
 FACTORS = r"[0-9]+(?:\*[0-9]+)*"
 FRACTION = rf"(?<![0-9*/)]){FACTORS}/(?:[0-9]+|\({FACTORS}\))(?![0-9*/(])"       # 3/7, 2*3/(3*3)
 
-def sides(text):
-    """The factors above and below the line of a fraction below 1; None for all else, as 7/2."""
-    if not re.fullmatch(FRACTION, text):
-        return None
-    above, below = ([int(n) for n in re.findall("[0-9]+", side)] for side in text.split("/"))
-    return (above, below) if 0 < math.prod(above) < math.prod(below) else None
-
 def each_fraction(change, text):
-    """The text with change(fraction) for each fraction below 1; 7/2 stays a division."""
-    return re.sub(FRACTION, lambda match: change(match[0]) if sides(match[0]) else match[0], text)
+    """The text with change(above, below) for each fraction below 1; 7/2 stays a division."""
+    def one(match):
+        sides = [re.findall("[0-9]+", side) for side in match[0].split("/")]
+        above, below = [list(map(int, side)) for side in sides]
+        is_below_1 = 0 < math.prod(above) < math.prod(below)
+        return change(above, below) if is_below_1 else match[0]
+    return re.sub(FRACTION, one, text)
 
 def prime_factors(n):
     """84 -> [2, 2, 3, 7], 1 -> []. What has no factor below 10,000 stays whole."""
     p = next((p for p in range(2, min(n, 10_000)) if n % p == 0), n)
     return [p, *prime_factors(n // p)] if n > 1 else []
 
-def simplify(fraction):
+SHIELD = str.maketrans("0123456789*/()", "abcdefghijklmn")
+OPEN = str.maketrans("abcdefghijklmn", "0123456789*/()")
+
+def simplify(above, below):
     """Take a fraction apart into primes, or cancel one that is above and below, or multiply out:
-    12/18 is 2*2*3/(2*3*3) is 2*3/(3*3) is 2/3.
+    12/18 is 2*2*3/(2*3*3) is 2*3/(3*3) is 2/3. Its characters become letters for a while, so that
+    no other rule sees it.
     """
-    above, below = sides(fraction)
     common = [p for p in above if p in below]
     if len(above) == len(below) == 1:
         above, below = prime_factors(above[0]), prime_factors(below[0])
@@ -1877,366 +1823,209 @@ def simplify(fraction):
     else:
         above, below = [math.prod(above)], [math.prod(below)]
     top, bottom = ("*".join(map(str, side)) for side in (above or [1], below))
-    return f"{top}/({bottom})" if len(below) > 1 else f"{top}/{bottom}"
-
-def rewrite(text):
-    """The next stage of working with numbers; the same text at the end."""
-    def make(token):                                  # a number, or a fraction in quotes
-        if isinstance(token, int):
-            return Part(str(token), is_given=True)
-        return Part(simplify(token), 2)
-    return read(each_fraction(repr, text), make, combine_parts).text
+    return (f"{top}/({bottom})" if len(below) > 1 else f"{top}/{bottom}").translate(SHIELD)
 
 def rewrite_letters(text):
     """The next stage with letters: multiply out, or sort, or add what is alike; the first that
     changes anything. Of terms that are alike two are added: 5x-5x+2x is 0x+2x. A lone 0x goes.
     """
-    terms = read(text, make_terms, combine_terms)
+    terms = read(text)
     in_order, added = [], []
     for letters in MONOMIALS:
         numbers = [n for n, some in terms if some == letters]
         in_order += [(n, letters) for n in numbers]
         if numbers not in ([], [0]):
             added += [(n, letters) for n in (sum(numbers[:2]), *numbers[2:])]
-    return next((new for new in map(join_terms, (terms, in_order, added)) if new != text), text)
+    return next((new for new in map(write_terms, (terms, in_order, added)) if new != text), text)
+
+def next_stage(text):
+    """The text written again; the same text at the end."""
+    if re.search("[xy]", text):
+        return rewrite_letters(text)
+    return replace_all(RULES, each_fraction(simplify, text)).translate(OPEN)
 
 @functools.lru_cache(maxsize=8)                       # who draws a problem asks for its line, too
-def solve_by_rules(problem, working=True):
+def work_out(problem):
     """The line that the model should write. This makes training data; no answer passes through it.
 
-    >>> solve_by_rules("36/84"), solve_by_rules("7-(-5)"), solve_by_rules("12*34", working=False)
-    ('36/84=2*2*3*3/(2*2*3*7)=2*3*3/(2*3*7)=3*3/(3*7)=3/7', '7-(-5)=7+5=12', '12*34=408')
+    >>> work_out("36/84"), work_out("7-(-5)")
+    ('36/84=2*2*3*3/(2*2*3*7)=2*3*3/(2*3*7)=3*3/(3*7)=3/7', '7-(-5)=7+5=12')
     """
-    kind = KINDS[kind_of(problem)]
-    stages = [problem, kind.stage(problem)]
+    stages = [problem, next_stage(problem)]
     while stages[-1] not in stages[:-1]:
-        stages.append(kind.stage(stages[-1]))
+        stages.append(next_stage(stages[-1]))
     if len(stages) > 2 and (stages[-1] == stages[-2] or "*" in stages[-1]):      # 4/7 was 2*2/7
         stages.pop()
-    return "=".join(stages if working else [problem, stages[-1]])
+    return "=".join(stages)
 
-######## Appendix 3: problems with brackets ########################################################
+######## Appendix 3: the kind of a problem, and problems with brackets ############################
 
-def longest_number(problem):
-    return max(map(len, re.findall("[0-9]+", problem)), default=0)
+def kind_of(problem):
+    """The name of a problem's kind.
 
-def count_signs(problem):
-    """How many operators stand between two things: 2 in -1+2*(-3)."""
-    return len(re.findall("(?<=[0-9)xy])[-+*/]", problem))
-
-def drawn_value(sign, a, b):
-    """The value of an operation. Infinite means that it is never drawn: the value has more than
-    four digits, the divisor more than two, or the division does not come out even.
+    >>> kind_of("123*45"), kind_of("12-(-7)"), kind_of("1+2*3"), kind_of("2x+3x-1")
+    ('mul', 'sub', 'expr', 'algebra')
     """
-    if b is None:
-        return -a
-    if sign == "/":
-        return a // b if 0 < abs(b) < 100 and a % b == 0 else math.inf
-    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    return value if abs(value) <= 9999 else math.inf
+    if re.search("[xy]", problem):
+        return "algebra"
+    two_numbers = re.fullmatch(r"-?[0-9]+([-+*/])(?:[0-9]+|\(-[0-9]+\))", problem)
+    if two_numbers is None:
+        return "expr"
+    return {"+": "add", "-": "sub", "*": "mul", "/": "div"}[two_numbers[1]]
+
+def size_of(problem):
+    """The digits of the longest number, or the operators that stand between two things.
+
+    >>> size_of("12-(-345)"), size_of("-1+2*(-3)"), size_of("3(2x-1)+x")
+    (3, 2, 2)
+    """
+    if kind_of(problem) in ("expr", "algebra"):
+        return len(re.findall("(?<=[0-9)xy])[-+*/]", problem))
+    return max(map(len, re.findall("[0-9]+", problem)))
 
 def draw_tree(rng, n, signs, lengths, negative):
-    """n operators: (Part, value). lengths: how often a number has 1, 2, 3, 4 digits."""
+    """n operators -> (text, how strongly it binds: 1 a sum, 2 a product, 3 all else, value).
+
+    lengths: how often a number has 1, 2, 3, 4 digits; negative: how often it is below 0.
+    """
     if n == 0:
         value = draw_number(rng, rng.choices((1, 2, 3, 4), lengths)[0])
-        value *= -1 if rng.random() < negative else 1
-        return Part(str(value)), value
+        return (f"(-{value})", 3, -value) if rng.random() < negative else (str(value), 3, value)
     while True:
         sign, n_left = rng.choice(signs), rng.randrange(n)
-        left, a = draw_tree(rng, n_left, signs, lengths, negative)
-        right, b = draw_tree(rng, n - 1 - n_left, signs, lengths, negative)
+        left, left_binds, a = draw_tree(rng, n_left, signs, lengths, negative)
+        right, right_binds, b = draw_tree(rng, n - 1 - n_left, signs, lengths, negative)
         if sign == "/" and n_left == 0:               # choose the dividend to suit the divisor
             a = b * draw_number(rng, rng.choice((1, 1, 2)))
-            left = Part(str(a))
+            left = str(a) if a >= 0 else f"({a})"
         elif sign == "/" and n_left == n - 1:         # or the divisor to suit the dividend
             b = rng.choice([d for d in range(1, 100) if a % d == 0])
-            right = Part(str(b))
-        value = drawn_value(sign, a, b)
-        if math.isfinite(value):
+            right = str(b)
+        if sign == "/" and (not 0 < abs(b) < 100 or a % b):
+            continue                                  # it must come out even
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a // (b or 1)}[sign]
+        if abs(value) <= 9999:
             break
-    needed = 1 if sign in ("+", "-") else 2
-    if needed <= left.binds < 3 and rng.random() < 0.06:         # people write more than are needed
-        left = Part(f"({left.text})")
-    if needed < right.binds < 3 and rng.random() < 0.06:
-        right = Part(f"({right.text})")
-    part = join_parts(sign, left, right)
-    return (negate(part), -value) if rng.random() < 0.03 else (part, value)
+    binds = 1 if sign in "+-" else 2
+    # brackets where they are needed, and now and then, as people write, where they are not
+    if left_binds < binds or left_binds < 3 and rng.random() < 0.1:
+        left = f"({left})"
+    if right_binds <= binds or right.startswith("-") or right_binds < 3 and rng.random() < 0.06:
+        right = f"({right})"
+    text = left + sign + right
+    return (f"-({text})", 3, -value) if rng.random() < 0.03 else (text, binds, value)
 
-def is_expression(problem):
-    """Could draw_expression have drawn it? (Brackets more or less do not count.)"""
-    if not 2 <= count_signs(problem) <= 6 or longest_number(problem) > 4:
-        return False
-    return math.isfinite(read(problem, int, drawn_value))
+def draw_chain(rng, n):
+    """n one-digit numbers in a row, in brackets: (5*(-5)+6-3)"""
+    numbers = [rng.randint(-9, 9) for _ in range(n)]
+    chain = "".join(rng.choice("+-*") + (str(m) if m >= 0 else f"({m})") for m in numbers)
+    return f"({chain[1:]})"
 
-def draw_expression(rng, top, draws=1, more=0, signs="+-*/", lengths=(48, 39, 11, 2),
-                    negative=0.04):
-    """2 to `top` operators, the most of so many draws, and `more`."""
+CHAIN = r"\(-?[0-9](?:[-+*](?:[0-9]|\(-[0-9]\))){3}\)"
+TOO_LARGE = r"[0-9]{5}|/[0-9]{3}|/\(-[0-9]{3}\)"      # what draw_tree does not draw
+
+def is_neat(problem):
+    """Is the working of an expression short, with small numbers, and its answer whole?"""
+    line = work_out(problem)
+    return len(line) <= 200 and not re.search("[0-9]{6}", line) and re.search("=-?[0-9]+$", line)
+
+def draw_expression(rng, top):
+    """2 to `top` operators, or two chains with seven."""
     while True:
-        n = max(rng.randint(2, top) for _ in range(draws)) + more
-        problem = draw_tree(rng, n, signs, lengths, negative)[0].text
-        line = solve_by_rules(problem)
-        if len(line) <= 160 and re.search("=-?[0-9]+$", line):
+        dice, n = rng.random(), rng.randint(2, max(2, top))
+        if dice < 0.12 and top > 5:
+            problem = draw_chain(rng, 4) + rng.choice("+-*") + draw_chain(rng, 4)
+        elif dice < 0.3:                              # many negative numbers
+            problem = draw_tree(rng, n, "+-*/", (4, 4, 2, 0), 0.5)[0]
+        elif dice < 0.4:                              # long sums
+            problem = draw_tree(rng, n, "++-", (1, 1, 3, 0), 0.04)[0]
+        else:
+            problem = draw_tree(rng, n, "+-*/", (48, 39, 11, 2), 0.04)[0]
+        problem = re.sub(r"(^|\()\((-[0-9]+)\)", r"\1\2", problem)         # (-3)+5 is -3+5
+        if size_of(problem) > 1 and is_neat(problem):
             return problem
 
-KINDS["expr"] = Kind(draw_expression, "[^xy]*", range(2, 5), (5, 6), 2.0, size=count_signs,
-                     is_drawn=is_expression, practice={
-    "many": (0.6, functools.partial(draw_expression, draws=2)),
-    "5 and 6": (0.06, functools.partial(draw_expression, draws=2, more=2)),
-    "sums": (0.1, functools.partial(draw_expression, more=1, signs="++-", lengths=(1, 1, 3, 0))),
-    "negatives": (0.14, functools.partial(draw_expression, lengths=(4, 4, 2, 0), negative=0.5))})
+KINDS["expr"] = Kind(draw=draw_expression, top=6, share=2.0)
 
 ######## Appendix 4: problems with letters #########################################################
+# Problems with letters grow from a grammar: each capital letter becomes one of its words until none
+# is left. Then the small letters are filled in: v and w are x and y, or y and x; u and o are "", w,
+# v^2 or other letters; n is 1 to 9 or 1 to 99, c 1 to 9, d 2 to 9, e 10 to 99, i one number
+# throughout; s is a sign. A new shape is a new word: "O" with one more "d(v+w+c)", for example.
 
-def draw_term(rng, letters, largest=9):
-    """A term, such as (-7, "x")."""
-    return rng.choice((-1, 1)) * rng.randint(1, largest), letters
+GRAMMAR = {
+    "P": "S S S M M M F F F F F Q Q Q O O N N",                        # a problem
+    "S": "TsT TsTsT TsTsTsT TsTsTsTsT TsTsTsTsTsT -TsT -TsTsT -TsTsTsT -TsTsTsTsTsT",   # like terms
+    "T": "nv nv nv n n nu nu no iv i",
+    "M": "UsUsU UsUsUsU UsUsUsUsU UsUsUsUsUsU -UsUsUsU -UsUsUsUsU -UsUsUsUsUsU",
+    "U": "nv nw n nv^2 nw^2 nxy ixy iv^2",                             # letters of all kinds
+    "F": "D DsD DsD DsDsD DsDsD DsT TsD DsTsD TsDsD DsDsT "            # with brackets
+         "-DsD -DsDsT -DsDsD -DsT -DsTsD -TsD -TsDsD -TsDsT",
+    "D": "dB dB dB B B",                                               # 3(2x-1)-2(x+4)-(x-2)+7
+    "B": "(cvsc) (cvsc) (cwsc) (vsc) (cvscw) (vscw) (cwsv) (cscv) (cscv) (-cscv) (-cvsc) (-cvscw)",
+    "Q": "BB BB BB B^2 (-cvsc)(-cvsc) (cv+i)(cv-i) (v+i)(v-i) (v-i)(v+i) (i+v)(i-v) (dv-i)(dv+i)",
+    "O": "vB -vB vBswB dvB dvB -dvB Bv Bw BvsT eB -eB eBseB A -A dA -dA dAsdA AsA dAsew vA",
+    "A": "(vse)",                                                      # with a large number
+    "N": "dvs(-dv) -dvs(-dw) (dv)^2 (-dv)^2 dv*ew dv*ev d*ev dv*d dv(csc) "
+         "Rsn R Z Zsn dvs0 vs0 0vsT",
+    "R": "dv*dv v*dw v*dv dv*w dv*dw",                                 # letters times letters
+    "Z": "d*dv d*dvsdv d*dvsdw dvs0w",
+}
+GRAMMAR = {letter: words.split() for letter, words in GRAMMAR.items()}
+OTHERS = r"(?:[xy]|[xy]\^2|xy)?"
+FILLINGS = {"v": "[xy]", "w": "[xy]", "u": OTHERS, "o": OTHERS, "n": "[0-9]{0,2}", "c": "[0-9]?",
+            "d": "[2-9]", "e": "[1-9][0-9]", "i": "[0-9]{0,2}", "s": "[-+]"}
 
-def draw_like_terms(rng, top, hard):
-    """8x+3-5y+2x-7; one term in twelve cancels an earlier one, or in practice nearly."""
-    mixtures = [("x", ""), ("x", "y"), ("x", "y", ""), ("xx", "x", "")]
-    letters = rng.choice(mixtures + [MONOMIALS] * (3 if hard else 1))
-    largest = rng.choice((9, 99) if hard else (9, 9, 99))
-    n_terms = max(rng.randint(2, top + 1) for _ in range(1 + hard))
-    terms = [draw_term(rng, rng.choice(letters), largest) for _ in range(n_terms)]
-    for i in range(1, n_terms):
-        if rng.random() < 0.08:
-            n, alike = rng.choice(terms[:i])
-            terms[i] = -n + rng.choice((0, 0, 1, -1)) * hard or 1, alike
-    return join_terms(terms)
+def draw_algebra(rng, top):
+    """A problem with letters and at most `top` operators."""
+    largest = rng.choice((9, 99))
+    v, w = rng.sample("xy", 2)
+    others = ["", w, v + "^2", "xy", w + "^2"]
+    same = {"v": v, "w": w, "u": rng.choice(others), "o": rng.choice(others),
+            "i": str(rng.randint(1, largest))}
+    numbers = {"n": (1, largest), "c": (1, 9), "d": (2, 9), "e": (10, 99)}
 
-def draw_bracket(rng, hard):
-    """(2x-1), (x+y), (5-3x)"""
-    pairs = ("x", ""), ("x", ""), ("y", ""), ("x", "y"), ("", "x"), ("y", "x")
-    (a, first), second = (draw_term(rng, letters) for letters in rng.choice(pairs))
-    a = a if rng.random() < (0.2 if hard else 0.1) else abs(a)
-    return f"({join_terms([(a, first), second])})"
+    def fill(match):
+        letter = match[0]
+        if letter == "s":
+            return rng.choice("+-")
+        return same[letter] if letter in same else str(rng.randint(*numbers[letter]))
 
-def draw_brackets(rng, top, hard):
-    """3(2x-1)-2(x+4)-(x-2)+7"""
-    n_brackets = rng.randint(1, 3)
-    factors = ["", *"23456789"] + ["", ""] * hard
-    parts = [rng.choice("++-") + rng.choice(factors) + draw_bracket(rng, hard)
-             for _ in range(n_brackets)]
-    if n_brackets < 3 and rng.random() < 0.3:
-        n, letters = draw_term(rng, rng.choice(("x", "y", "")))
-        parts.insert(rng.randint(0, n_brackets), "-+"[n > 0] + join_terms([(abs(n), letters)]))
-    return "".join(parts).removeprefix("+")
-
-def draw_two_brackets(rng, top, hard):
-    return draw_bracket(rng, hard) + ("^2" if rng.random() < 0.3 else draw_bracket(rng, hard))
-
-def draw_algebra(rng, top, hard=False):
-    """Draw until there is a letter and at most `top` signs."""
-    draws = draw_like_terms, draw_brackets, draw_two_brackets
     while True:
-        draw = rng.choices(draws, (10, 6, 4) if hard else (4, 4, 3))[0]
-        problem = draw(rng, top, hard)
-        if re.search("[xy]", problem) and count_signs(problem) <= top:
+        problem = "P"
+        while re.search("[A-Z]", problem):
+            problem = re.sub("[A-Z]", lambda match: rng.choice(GRAMMAR[match[0]]), problem)
+        problem = re.sub("[a-w]", fill, problem)
+        problem = re.sub("(?<![0-9])1(?=[xy(])", "", problem)              # 1x is x
+        if re.search("[xy]", problem) and size_of(problem) <= top:
             return problem
 
-TERM = r"(?:(?:[0-9]{0,2}|10[0-9])(?:x\^2|y\^2|xy|x|y)|[0-9]{1,2}|10[0-9])"
-BRACKET = r"\(-?(?:[0-9]?[xy]|[0-9]{1,2})(?:[-+](?:[0-9]?[xy]|[0-9]{1,2}))?\)"
-ITEM = rf"(?:[0-9]{{0,2}}[xy]?{BRACKET}|{TERM})"
-SMALL = BRACKET.replace("{1,2}", "")                  # the same with one digit
-ALGEBRA = re.compile(rf"-?{ITEM}(?:[-+]{ITEM}){{0,5}}|{SMALL}(?:{SMALL}|\^2)|"
-                     r"[0-9]?[xy]?\*[0-9]?[xy]?")
+@functools.cache
+def algebra_pattern():
+    """The grammar as a regular expression, which fits what it can make, and little else."""
+    pattern = "P"
+    while re.search("[A-Z]", pattern):
+        pattern = re.sub("[A-Z]", lambda match: "(?:" + "|".join(
+            map(re.escape, GRAMMAR[match[0]])) + ")", pattern)
+    return re.compile(re.sub("[a-w]", lambda match: FILLINGS[match[0]], pattern))
 
-KINDS["algebra"] = Kind(draw_algebra, ".*[xy].*", range(1, 6), (6, 7), 3.2, size=count_signs,
-                        stage=rewrite_letters, practice={
-    "many": (0.74, functools.partial(draw_algebra, hard=True))},
-    is_drawn=lambda problem: count_signs(problem) <= 5 and ALGEBRA.fullmatch(problem))
+KINDS["algebra"] = Kind(draw=draw_algebra, top=5, share=3.6)
 
-######## Appendix 5: what is practised #############################################################
-
-def draw_near(sign, rng, top):
-    """Numbers that begin alike, or whose leading digits are one apart: 150-144, 2015-1993"""
-    a = draw_number(rng, rng.randint(1, top))
-    difference = draw_number(rng, rng.randint(1, len(str(a))))
-    b = abs(a + rng.choice((-1, 1)) * difference)
-    b = b if len(str(b)) <= top else abs(a - difference)
-    return f"{'-' if rng.random() < 0.15 else ''}{a}{sign}{b}"
-
-def draw_signed(draw, rng, top):
-    """One or both numbers negative: -12+5, 5-(-9), -3*(-4)"""
-    a, sign, b = re.fullmatch("-?([0-9]+)(.)([0-9]+)", draw(rng, top)).groups()
-    return rng.choice((f"-{a}{sign}{b}", f"{a}{sign}(-{b})", f"-{a}{sign}(-{b})"))
-
-def draw_fraction(rng, top, largest=24):
-    """A fraction below 1; half of them are to be cancelled, by up to `largest`."""
-    common = rng.choice((1, rng.randint(2, largest)))
-    b = rng.randint(2, max(2, 99 // common))
-    return f"{rng.randrange(1, b) * common}/{b * common}"
-
-def draw_primes(rng, top):
-    """A prime of two digits below, and above one of its multiples, or what only ends like it."""
-    prime = rng.choice((11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
-    b = prime * rng.randint(2, 99 // prime)
-    multiple = prime * rng.randint(1, b // prime - 1)
-    return f"{rng.choice((multiple, 10 * rng.randint(0, b // 10) + prime % 10))}/{b}"
-
-def draw_shape(shapes, rng, top):
-    """One of some shapes, with something for each of its letters: a, b 2 to 9; c, d 1 to 9; A, B, C
-    two digits; m up to `top` digits; M four, if `top` allows; R a round one; T 11 to 19; v, w the
-    letters x and y; s, t a sign.
-    """
-    values = dict(zip("vw", rng.sample("xy", 2)))
-    values.update((letter, rng.choice("+-")) for letter in "st")
-    for letters, least, most in (("ab", 2, 9), ("cd", 1, 9), ("ABC", 10, 99), ("T", 11, 19)):
-        values.update((letter, rng.randint(least, most)) for letter in letters)
-    values["m"] = draw_number(rng, rng.randint(1, top))
-    values["M"] = draw_number(rng, 4 if top > 2 else top)
-    values["R"] = draw_number(rng, 1) * 10 ** rng.randint(0, top - 1)
-    return re.sub("[A-Za-z]", lambda match: str(values[match[0]]), rng.choice(shapes.split()))
-
-PRACTICE = (                                          # kind, name, share, shapes
-    ("mul", "4 by 1 and 2", 0.15, "M*a a*M M*A A*M"),
-    ("mul", "round", 0.2, "R*m m*R R*A A*R"),
-    ("div", "small", 0.22, "A/a A/T m/T Aa/B cd/T A/B A/B a/A"),
-    ("algebra", "products", 0.08, "(-avsc)(-bvtd) (-avsc)(bvtd) (avsc)(-bvtd) (v+c)(v-c) "
-                                  "(v-c)(v+c) (av+d)(av-d) (av-d)(av+d) (c+v)(c-v)"),
-    ("algebra", "large numbers", 0.06, "a(vsB) -a(vsB) -(vsB) a(vsB)tb(vsC) (vsA)t(vsB) a(vsB)tAw"),
-    ("algebra", "factors", 0.05, "v(vsc) -v(vsc) v(wsc) v(avsd) v(vsc)tw(wsd) A(vsc) -A(vsc) "
-                                 "A(avsd) A(vsc)tB(wsd) av(vsc) av(bwsd) v(vsB)"),
-    ("algebra", "single terms", 0.03, "av-(-bv) av+(-bv) -av-(-bw) (av)^2 av*bw av*bv a*bv av*b"))
-for name, shape, share, shapes in PRACTICE:
-    KINDS[name].practice[shape] = share, functools.partial(draw_shape, shapes)
-KINDS["add"].practice["near"] = 0.2, functools.partial(draw_near, "+")
-KINDS["sub"].practice["near"] = 0.45, functools.partial(draw_near, "-")
-KINDS["div"].practice["fractions"] = 0.2, functools.partial(draw_fraction, largest=49)
-KINDS["div"].practice["primes"] = 0.08, draw_primes
-
-KINDS["add"].is_drawn = KINDS["sub"].is_drawn = lambda problem: longest_number(problem) <= 10
-KINDS["mul"].is_drawn = re.compile(
-    r"\D*(\d{1,3}\D+\d{1,3}|\d{4}\D+\d{1,2}|\d{1,2}\D+\d{4})\D*").fullmatch
-KINDS["div"].is_drawn = re.compile(r"\D*\d{1,5}\D+\d{1,2}\D*").fullmatch
-for name in ("add", "sub", "mul", "div"):
-    KINDS[name].practice["signs"] = 0.16, functools.partial(draw_signed, KINDS[name].draw)
-
-######## The page of Step 7-4 ######################################################################
-
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>tinyllm</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">
-:root { color-scheme: light dark; --soft: light-dark(#5c5c63, #a5a7ae); --look: light-dark(#8a4b00, #ffb347); }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 50rem; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1, h2 { font-size: 1.1rem; margin: .8rem 0 .2rem; } p, figure { margin: .2rem 0; } .scroll { overflow: auto hidden; padding: .3rem 0; }
-.soft, figcaption { color: var(--soft); font-size: .9rem; } .true { color: light-dark(#17652a, #7fd193); }
-.false { color: light-dark(#a8161b, #ff9a94); font-weight: 700; } .waiting { opacity: .4; } #answer { font-size: 1.7rem; }
-form, .few { display: flex; flex-wrap: wrap; gap: .4rem; margin: .5rem 0; } input { flex: 1; min-width: 0; }
-input, button { font: inherit; color: inherit; background: none; border: 1px solid var(--soft); padding: .3rem .6rem; }
-button, .written { cursor: pointer; } :focus-visible, .chosen { outline: 2px solid LinkText; }
-td { padding: .1rem .3rem; white-space: nowrap; }
-@media (max-width: 40rem) { tr { display: block; } td { display: inline-block; } td:last-child { display: block; } }
-#tokens { font: 1.1rem ui-monospace, monospace; } #tokens span { display: inline-block; min-width: 1.5rem; padding: .2rem 0;
-  text-align: center; } #tokens .written { border-bottom: 2px solid var(--soft); }
-#grid { font: .75rem ui-monospace, monospace; color: var(--soft); } #grid div { display: flex; }
-#grid i { flex: none; width: 1.5rem; height: .75rem; border: 1px solid color-mix(in srgb, var(--soft) 30%, transparent); } #grid .sharp { color: var(--look); }
-#grid b { flex: none; width: 4.2rem; position: sticky; left: 0; background: Canvas; }
-svg { width: 100%; font: 14px system-ui; fill: currentColor; } polyline { fill: none; stroke: LinkText; stroke-width: 2; }
-</style>
-<h1>tinyllm</h1>
-<p class="soft">A small language model that learned school arithmetic from examples. It writes one character after
-another, and no calculator helps it. The check of each step is made afterwards.</p>
-<form id="form"><input id="problem" aria-label="Problem" autocomplete="off" autocapitalize="off" spellcheck="false"
-  maxlength="400" autofocus><button id="ask">Ask</button></form>
-<div class="few" id="examples"></div>
-<p id="message" role="alert" class="false"></p>
-<main id="result" hidden aria-live="polite">
-  <div id="answer" class="scroll"></div>
-  <p><span id="sentence"></span> <span id="note" class="soft"></span></p>
-  <div class="scroll" tabindex="0" role="region" aria-label="Working"><table id="working"></table></div>
-  <h2>How it wrote this</h2>
-  <p class="soft">Choose a token that it wrote (in the order in which it reads and writes), or step with the arrow keys: below are the likeliest
-    there, and where each head looked. Heads that looked at one place stand out. Point at a row to see it above.</p>
-  <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div><div id="next" class="few" role="status"></div>
-  <div class="scroll" id="grid" tabindex="0" role="region" aria-label="Heads"></div>
-  <p><button id="copy" type="button">Copy as LaTeX</button></p>
-</main>
-<h2>How it learned</h2><div id="learned"></div>
-<script nonce="NONCE">
-const data = DATA, $ = id => document.getElementById(id);
-const address = () => new URLSearchParams(location.search.replaceAll("+", "%2B")).get("q");
-const names = {add: "sums", sub: "differences", mul: "products", div: "quotients", expr: "brackets", algebra: "letters"};
-let reply, chosen, asked = 0;
-
-function add(parent, tag, text, properties = {}) {
-  const element = Object.assign(document.createElement(tag), {textContent: text}, properties);
-  parent.append(element);
-  return element;
-}
-const math = content => `<math displaystyle="true">${content}</math>`;
-const paint = (element, digit) => element.style.background = `color-mix(in srgb, var(--look) ${9 * digit}%, transparent)`;
-
-async function ask(problem, remember = true) {
-  const turn = ++asked;
-  $("problem").value = problem;
-  $("ask").textContent = "It writes ...";
-  $("result").className = "waiting";
-  let found = {error: "The server does not answer; start it again: python tinyllm.py serve"};
-  try { found = await (await fetch("/solve", {method: "POST", body: JSON.stringify({problem})})).json(); } catch {}
-  if (turn !== asked) return;                          // a later question has been asked
-  for (const [id, text] of [["ask", "Ask"], ["message", found.error]]) $(id).textContent = text || "";
-  Object.assign($("result"), {className: "", hidden: "error" in found});
-  if (remember && problem !== address()) history.pushState(null, "", "/?q=" + encodeURIComponent(problem));
-  document.title = `${problem} - tinyllm`;
-  if (!found.error) show(reply = found);
-}
-
-function show({problem, stages, sentence, right, note, read, start}) {
-  $("answer").innerHTML = math(`${problem}<mo>=</mo>${stages.length ? stages.at(-1)[0] : ""}`);
-  Object.assign($("sentence"), {textContent: `Check: ${sentence}.`, className: right});
-  $("note").textContent = note && `Note: ${note}.`;
-  $("working").innerHTML = stages.map(([stage, check], i) => `<tr><td>${math(i ? "" : problem)}<td>${math("<mo>=</mo>")}
-    <td>${math(stage)}<td class="${{t: "true", f: "soft"}[check[0]] || "false"}">${check}`).join("");
-  $("tokens").replaceChildren();
-  [...read, "end"].forEach((token, t) =>
-    add($("tokens"), "span", token, t < start ? {} : {className: "written", onclick: () => choose(t)}));
-  choose(start);
-}
-
-function choose(t) {
-  const i = (chosen = t) - reply.start, spans = [...$("tokens").children];
-  spans.forEach((span, s) => { span.classList.toggle("chosen", s === t); paint(span, 0); });
-  for (const id of ["next", "grid"]) $(id).replaceChildren();
-  for (const [token, p] of reply.tokens[i].next)
-    add(add($("next"), "label", `${token} ${(100 * p).toFixed(1)}% `), "meter", "", {value: p});
-  reply.tokens[i].heads.forEach((digits, n) => {
-    const row = add($("grid"), "div", "", {className: /[89]/.test(digits) ? "sharp" : ""});
-    add(row, "b", `head ${Math.floor(n / data.heads) + 1}.${n % data.heads + 1}`);
-    for (const digit of digits) paint(add(row, "i", ""), digit);
-    row.onmouseenter = row.onclick = () => spans.forEach((span, s) => paint(span, digits[s] || 0));
-  });
-}
-
-function chart(title, top, series) {                   // series: name -> points [minutes, 0 to top]
-  const width = Math.max(...Object.values(series).flat().map(([x]) => x)) || 1;
-  const lines = Object.entries(series).map(([name, points], i) => {
-    const at = points.map(([x, y]) => `${40 + 420 * x / width},${170 - 160 * y / top}`), y = 16 + 22 * i;
-    const dashes = i ? `${2 * i} 3` : "none", line = at => `<polyline points="${at}" stroke-dasharray="${dashes}"/>`;
-    return line(at.join(" ")) + line(`474,${y} 510,${y}`) + `<text x="516" y="${y + 4}">${name}</text>`;
-  });
-  add($("learned"), "figure", "", {innerHTML: `<figcaption>${title}</figcaption><svg viewBox="0 0 620 190">${lines.join("")}
-    <text x="4" y="16">${top}</text><text x="4" y="172">0</text><text x="390" y="188">${width.toFixed(1)} minutes</text></svg>`});
-}
-
-$("form").onsubmit = event => { event.preventDefault(); ask($("problem").value); };
-$("copy").onclick = () => navigator.clipboard.writeText(reply.latex);
-$("tokens").onkeydown = event => {
-  const t = chosen + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0);
-  if (t !== chosen && t >= reply.start && t <= reply.read.length) { event.preventDefault(); choose(t); }
-};
-for (const [problem, mark] of data.examples) add($("examples"), "button", problem + mark, {onclick: () => ask(problem)});
-const minutes = point => point.seconds / 60, rows = data.history.filter(point => point.right);
-if (rows.length) {
-  chart("Loss, in nats", 1, {loss: data.history.map(point => [minutes(point), Math.min(1, point.loss)])});
-  chart("Held-out answers right, in %", 100, Object.fromEntries(Object.keys(rows[0].right).map(
-    kind => [names[kind] || kind, rows.map(point => [minutes(point), 100 * point.right[kind]])])));
-}
-(window.onpopstate = () => address() ? ask(address(), false) : $("result").hidden = true)();
-</script></html>
-"""
+def is_outside(problem, config):
+    """Is this problem of a kind that was not learned, or one that could not have been drawn?"""
+    kind = kind_of(problem)
+    n_digits = [len(number) for number in re.findall("[0-9]+", problem)]
+    if kind not in config.kinds.split():
+        return True
+    if kind == "algebra":
+        return size_of(problem) > KINDS[kind].top or not algebra_pattern().fullmatch(problem)
+    if kind == "expr" and re.fullmatch(rf"{CHAIN}[-+*]{CHAIN}", problem):
+        return not is_neat(problem)
+    if kind == "expr":
+        is_large = not 2 <= size_of(problem) <= KINDS[kind].top or max(n_digits) > 4
+        return is_large or not is_neat(problem) or re.search(TOO_LARGE, work_out(problem))
+    too_long = max(n_digits) > KINDS[kind].top
+    return too_long or kind == "mul" and sum(n_digits) > 6 or kind == "div" and n_digits[1] > 2
 
 if __name__ == "__main__":
     sys.exit(main())

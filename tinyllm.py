@@ -70,13 +70,12 @@ import torch.nn as nn                                                           
 import torch.nn.functional as F                                                   # noqa: E402
 
 IS_SHARED = dist.is_available() and dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if IS_SHARED else 0   # of several processes (Step 5-2), this one
+RANK = int(os.environ["RANK"]) if IS_SHARED else 0   # this process's number (Step 5-2)
 DEVICE = "cpu"                                                   # or a GPU, if there is one
 if torch.cuda.is_available():
     DEVICE = f"cuda:{os.environ['LOCAL_RANK'] if IS_SHARED else 0}"
 
 ######## Step 1: PyTorch in five facts #############################################################
-
 def five_facts():
     """PyTorch computes with tensors and finds gradients. Here is nearly all that you need of it.
     (This function does nothing; the tests run the examples in it, so they are true.)
@@ -95,8 +94,8 @@ def five_facts():
     torch.Size([2, 3])
     >>> a.transpose(0, 1).shape, a.flatten().shape, a.unsqueeze(1).shape    # last: a new axis
     (torch.Size([3, 2]), torch.Size([6]), torch.Size([2, 1, 3]))
-    >>> a.unflatten(-1, (3, 1)).shape                 # the last axis, 3, becomes two, 3 and 1
-    torch.Size([2, 3, 1])
+    >>> a[..., 1:].unflatten(-1, (2, 1)).shape        # ...: all axes before; the last: from 1 on
+    torch.Size([2, 2, 1])
     >>> torch.tensor([1.0, 2.0, 3.0]).softmax(-1)     # each e^x over their sum; -1: the last axis
     tensor([0.0900, 0.2447, 0.6652])
     >>> a.add_(1).sum()                               # a name that ends in _ changes the tensor
@@ -198,8 +197,8 @@ def smallest_model():
 #     n_layer blocks     Attention: a token LOOKS at itself and at earlier ones and takes what it
 #       |                needs. It asks a query ("I write the tens: where are the tens?"). A token
 #       |                shows a key ("I am a tens digit") and a value ("I am a 7"). Where query and
-#       |                key agree, the value flows to the asker. All three are D numbers: the
-#       |                token's vector times a learned matrix each. (A fourth leads back to C.)
+#       |                key agree, the value flows to the asker. Each is D numbers: the
+#       |                token's vector times a learned matrix. (A fourth makes them C again.)
 #       |                MLP (multi-layer perceptron): then each token THINKS about it, by itself.
 #       |                Both ADD their result to the token's vector: x = x + attention(x), then
 #       |                x = x + mlp(x). This sum through all blocks is the residual stream.
@@ -217,7 +216,7 @@ def smallest_model():
 # its probability (sampling), where ours takes the likeliest.
 
 ######## Step 3-1: the tokenizer ###################################################################
-# encode and decode alone reverse each number: the model reads and writes 408 as 8, 0, 4. A carry
+# Only encode and decode reverse numbers: the model reads and writes 408 as 8, 0, 4. A carry
 # runs from the ones upward. So each digit of a sum is written when all that it depends on is known.
 # (Lee et al. 2023, "Teaching Arithmetic to Small Transformers".) Letters are reversed with their
 # number: 48x is x, 8, 4. So when the 8 is read, it is known to be a number of x's.
@@ -256,7 +255,7 @@ def decode(ids):
 #             (McLeish et al. 2024, "Transformers Can Do Arithmetic with the Right Embeddings")
 #
 # So a number and the sign behind it share a slot: in 12+345 the "+" has slot 0 and place 3. An
-# address depends on the tokens to the left alone, so that of the next token is known beforehand.
+# address depends on the tokens to the left alone, so the next token's is known beforehand.
 
 def next_address(address, token):
     """A token's address (stage, slot, place) and its id -> the next token's address."""
@@ -303,11 +302,11 @@ def find_addresses(ids):
 # neighbours apart but soon comes full circle, a slow one tells near from far.
 
 def angles(where, n_pairs, base):
-    """How far pairs turn by stage, slot or place: where (B, T) -> (B, T, n_pairs). The first turns
+    """How far pairs turn by stage, slot or place: where (...) -> (..., n_pairs). The first turns
     by 2 radians a step, each next one by less, towards 2 / base.
     """
     speed = 2 * base ** (-torch.arange(n_pairs, device=where.device) / n_pairs)   # (n_pairs,)
-    return where.unsqueeze(-1) * speed                                            # (B, T, n_pairs)
+    return where.unsqueeze(-1) * speed                                            # (..., n_pairs)
 
 def rotate(x, turns):
     """Turn the pairs of vectors: x (..., D), turns (2, ..., D/2), cosines and sines -> (..., D).
@@ -339,7 +338,6 @@ def with_gaps(addresses, gap, rng):
     return [(stage, slot, new[place]) for stage, slot, place in addresses]
 
 ######## Step 3-3: attention, MLP, block ###########################################################
-
 def attention(q, k, v):
     """Causal attention: queries q, keys k and values v, each (..., T, D) -> y (..., T, D) and what
     each query looked at, looks (..., T, T).
@@ -395,15 +393,15 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, inner, bias=False)
         self.out = nn.Linear(inner, config.n_embd, bias=False)   # what was found, as C numbers
         self.gain = nn.Parameter(torch.full((config.n_head, 1, 1), 2.0))         # one a head
-        nn.init.zeros_(self.out.weight)    # a new block adds 0; its gradient is not 0, so it learns
+        nn.init.zeros_(self.out.weight)    # at first a block adds 0; out's gradient is not 0
 
     def forward(self, x, turns, cache=None):
-        # H * D numbers are cut into H heads of D: (B, T, H * D) -> (B, T, H, D) -> (B, H, T, D)
+        # H * D numbers are cut into H heads of D (-1: the rest): (B, T, H, D) -> (B, H, T, D)
         q = self.query(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k = self.key(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         v = self.value(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):       # keep q's type (Step 5-1)
-            # layer_norm brings the D numbers of a vector to mean 0 and standard deviation 1, so to
+            # layer_norm brings a vector (last axis, D) to mean 0 and standard deviation 1, so to
             # the length sqrt(D): no score can run away (QK-norm, Henry et al. 2020). How sharply a
             # head looks is then one learned number, its gain.
             q = F.layer_norm(q, q.shape[-1:]) * self.gain.type_as(q)
@@ -415,7 +413,7 @@ class CausalSelfAttention(nn.Module):
                 k, v = extend(cache, k, v)
             y, looks = attention(q, k, v)                                         # (B, H, T, D)
         self.looks = None if self.training else looks            # not needed in training
-        return self.out(y.transpose(1, 2).flatten(2))            # heads side by side -> (B, T, C)
+        return self.out(y.transpose(1, 2).flatten(2))    # flatten from axis 2 on: (B, T, H * D)
 
 class Block(nn.Module):
     """Look, then think: x (B, T, C) -> (B, T, C).
@@ -424,7 +422,7 @@ class Block(nn.Module):
     is below 0, and a square (So et al. 2021, "Primer"). Without something like that, two layers
     could do no more than one: a product of matrices is a matrix. The 3 C numbers in the middle
     detect things, such as "a 9 and a carry". LayerNorm is layer_norm with a learned scale and shift
-    for each number. So a layer's input keeps its size, however much was added before. (Pre-norm,
+    for each number. It keeps a layer's input at one size, however much was added before. (Pre-norm,
     Xiong et al. 2020.)
     """
 
@@ -444,7 +442,6 @@ class Block(nn.Module):
         return x + self.narrow(detected)
 
 ######## Step 3-4: the model #######################################################################
-
 @dataclasses.dataclass
 class Config:
     """All that defines a run; each is a flag of `train`. Steps 4 and 5 explain the lower half."""
@@ -453,7 +450,7 @@ class Config:
     head_dim: int = 32          # numbers D for each token in a head, even
     n_embd: int = 128           # numbers C for each token
     block_size: int = 448       # longest line, in tokens (it has nothing to do with blocks)
-    n_place: int = 64           # places that have an embedding: ones, tens, hundreds ...
+    n_place: int = 64           # places that have an embedding (place 0 is no token's)
     n_slot: int = 40            # slots that have an embedding
     gap: int = 2                # in training each place is 1 to this above the last
     kinds: str = "add sub mul div expr algebra"      # kinds of problem to learn
@@ -501,14 +498,14 @@ class TinyLLM(nn.Module):
 
     def embed(self, ids, addresses):
         """What each token is and where the next one goes: ids (B, T) -> x (B, T, C)."""
-        # 1: is the NEXT token; clamp: what is beyond a table takes its last row
+        # 1: skips to the NEXT token; clamp: what is beyond a table takes its last row
         slots = addresses[:, 1:, 1].clamp(max=self.config.n_slot - 1)             # (B, T)
         places = addresses[:, 1:, 2].clamp(max=self.config.n_place - 1)           # (B, T)
         return self.token_table(ids) + self.slot_table(slots) + self.place_table(places)
 
     def turns(self, addresses):
         """How keys and queries turn: addresses (B, T + 1, 3) -> cosines and sines
-        (2, B, 1, T + 1, D/2); the axis of size 1 is for the heads, which turn alike.
+        (2, B, 1, T + 1, D/2); unsqueeze adds the 1 for the heads, which turn alike.
         """
         stages, slots, places = addresses.unbind(-1)                              # (B, T + 1) each
         n_pairs = self.config.head_dim // 2
@@ -534,8 +531,8 @@ class TinyLLM(nn.Module):
         return self.output(self.norm(x))                                          # (B, T, V)
 
 ######## Step 4-1: making the data #################################################################
-# The model learns from lines like these, one of each kind. They are drawn at random and worked by
-# rules, which are school arithmetic and stand in the appendix.
+# The model learns from lines like these, one of each kind. They are drawn at random and worked out
+# by the rules of school arithmetic, in the appendix.
 #     add      48213+51786=99999
 #     sub      150-144=6
 #     mul      345*27=345*20+345*7=6000+900+(2100+315)=6900+2415=9315
@@ -558,13 +555,13 @@ def write(rng, a, sign, b):
     return f"{a}{sign}{b}" if b >= 0 else f"{a}{sign}({b})"
 
 def draw_sum(rng, top, sign):
-    """A sum or difference; each number has up to `top` digits."""
+    """A sum or difference; numbers of about `top` digits or less."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, top))
     dice, n_digits = rng.random(), len(str(a))
     if dice < 0.15:                                   # two numbers of one length
         b = draw_number(rng, n_digits)
-    elif dice < 0.6:                                  # near each other: 150-144, 1993-2015
+    elif dice < 0.6:                                  # often near: 150-144, 1993-2015
         b = abs(a - draw_number(rng, rng.randint(1, n_digits)))
         a, b = rng.sample((a, b), 2)
     elif dice < 0.7:                                  # 48213+51786 is all nines, +51787 all carries
@@ -572,7 +569,7 @@ def draw_sum(rng, top, sign):
     return write(rng, a, sign, b)
 
 def draw_product(rng, top):
-    """A product of up to 4 x 2 or 3 x 3 digits; one in four with a round number, such as 300*27."""
+    """A product of up to 4 x 2 or 3 x 3 digits; some of round numbers, such as 300*27."""
     n_digits = rng.randint(1, top)
     a = draw_number(rng, n_digits)
     b = draw_number(rng, rng.randint(1, 2 if n_digits == 4 else min(3, top)))
@@ -580,10 +577,10 @@ def draw_product(rng, top):
         b = draw_number(rng, 1) * 10 ** (len(str(b)) - 1)
     return write(rng, a, "*", b) if rng.random() < 0.5 else write(rng, b, "*", a)
 
-PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)         # they are hard to see in a number
+PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)         # hard to see as divisors
 
 def draw_quotient(rng, top):
-    """A dividend of up to `top` digits, a divisor of 1 or 2."""
+    """About `top` digits or less, divided by 1 or 2 digits."""
     a = draw_number(rng, rng.randint(1, top))
     b = draw_number(rng, rng.randint(1, 2)) or 1
     dice = rng.random()
@@ -639,7 +636,6 @@ def draw_problem(kind, rng, held_out, top=None):
             return problem
 
 ######## Step 4-2: from a line to x and y ##########################################################
-
 def to_example(line):
     """A line to (x, y): two lists of ids. y is x one token later, or -100, which the loss skips.
 
@@ -663,7 +659,7 @@ def to_example(line):
 
 ######## Step 4-3: the data loader #################################################################
 # The rows of a batch are computed together, so they must be equally long. Short ones are filled up
-# at the right, where no token of theirs looks and y is -100: that is padding, and wasted work. So a
+# at the right (padding): no earlier token looks there, and y is -100. That is wasted work. So a
 # pool of many lines is drawn and sorted by length, and lines of like length go into one batch. Pool
 # n depends on n, config and RANK alone, so that a stopped run goes on as it would have.
 
@@ -678,7 +674,7 @@ def draw_example(config, rng, done):
     kinds = config.kinds.split()
     kind = rng.choices(kinds, [KINDS[name].share for name in kinds])[0]
     top = KINDS[kind].top
-    # Curriculum (Bengio et al. 2009): for nine in ten `top` grows during the first fifth of a run
+    # Curriculum (Bengio et al. 2009): for nine in ten, `top` grows in the first fifth of a run
     if rng.random() < 0.9:
         top = min(top, int(5 * done * top) + 1)
     line = work_out(draw_problem(kind, rng, False, top))         # in the appendix
@@ -716,20 +712,19 @@ def stream_batches(config, first_step):
         n_skip = 0                                               # only in the first pool
 
 ######## Step 5-1: the loss and the optimizers #####################################################
-
 def loss_of(model, x, addresses, y):
     """Cross-entropy: the mean of -ln P(y) over the tokens that count."""
     # autocast: if HALF (Step 7-6), nn.Linear works in bfloat16, half the bits, where that is faster
     with torch.autocast(x.device.type, torch.bfloat16, enabled=HALF):
         logits = model(x, addresses)                                              # (B, T, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())   # y (B*T,); -100 is skipped
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())      # (B*T, V) and (B*T,)
 
 # Adam (Kingma and Ba 2014) improves on plain gradient descent in two ways. It follows the mean of
-# the last gradients, called momentum, for one batch alone is an accident. And it divides by how
+# the last gradients, called momentum, for one batch alone is mere chance. And it divides by how
 # large a weight's gradients usually are, so that all weights move equally fast. AdamW (Loshchilov
 # and Hutter 2017) also shrinks all weights a little, so that one of no use fades away: weight
-# decay. Muon (Jordan et al. 2024) is for matrices. Most of a gradient is what many examples ask
-# for. Muon brings its parts to one size, for what is rare must be learned, too. (See Step 7-5.)
+# decay. Muon (Jordan et al. 2024) is for matrices. A matrix stretches some directions more. Muon
+# makes a gradient stretch all alike, so that what is rare is learned, too. (See Step 7-5.)
 
 def make_optimizers(model, config):
     """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, gains, output."""
@@ -754,7 +749,6 @@ def lr_factor(step, config):
     return rise * (0.02 + 0.98 * fall)
 
 ######## Step 5-2: the training loop ###############################################################
-
 def learn(model, optimizers, x, addresses, y):
     """One optimizer step on one batch: the five lines that are all of deep learning. -> the loss"""
     loss = loss_of(model, x, addresses, y)
@@ -779,7 +773,7 @@ def fit(model, optimizers, first_step, history, path):
         for optimizer in optimizers:                  # defaults: what it was made with
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * lr_factor(step, config)
         losses.append(learn(shared, optimizers, *[tensor.to(DEVICE) for tensor in batch]))
-        n_done = step + 1                             # is a hundredth over?
+        n_done = step + 1
         if 100 * n_done // config.steps > 100 * step // config.steps and RANK == 0:
             minutes = (time.perf_counter() - began) / 60
             report(model.eval(), n_done, torch.stack(losses).mean().item(), minutes, history)
@@ -787,7 +781,7 @@ def fit(model, optimizers, first_step, history, path):
             losses.clear()
             model.train()
 
-# `report` (Step 7-6) prints a row at each tenth of a run, and on a terminal a changing one between:
+# `report` (Step 7-6) prints a row at each tenth of a run, and a terminal shows a live one between:
 #
 #       step done    loss   min  left     add     sub     mul     div    expr algebra
 #        750  10%  0.3104   4.4  39.5     51%     37%     20%     19%      9%     27%
@@ -796,7 +790,6 @@ def fit(model, optimizers, first_step, history, path):
 # each kind that is answered right. The loss falls first: one wrong token spoils an answer.
 
 ######## Step 5-3: saving and loading ##############################################################
-
 def score_sample(model):
     """The logits for one line. They are saved with a model. Other logits after loading mean that
     this file's model has been changed, so that the saved one does not fit it.
@@ -836,7 +829,6 @@ def load_checkpoint(path):
     return model, state
 
 ######## Step 6-1: writing an answer ###############################################################
-
 @torch.inference_mode()
 def generate(model, prompt, max_tokens):
     """Greedy decoding: continue a list of ids with the likeliest token, again and again, until END.
@@ -851,8 +843,8 @@ def generate(model, prompt, max_tokens):
         ids.append(token)
     return ids
 
-# That computes the whole line again for every token. But keys and values of earlier tokens do not
-# change. So a cache keeps them, and only the newest token is computed: in attention q has T = 1
+# That computes the whole line again for every token. But no token sees later ones, so its keys and
+# values stay. A cache keeps them, and only the newest token is computed: in attention q has T = 1
 # row, k and v have S, and the one row of the mask is all 0.
 
 def extend(cache, k, v):
@@ -905,7 +897,6 @@ def solve(model, problems, batch_size=500, max_tokens=None):
     return lines
 
 ######## Step 6-2: what "right" means ##############################################################
-
 def check(line):
     """Is the answer of a line right, and is each of its stages worth what the problem is?
 
@@ -915,7 +906,7 @@ def check(line):
     ((True, [True, True]), (True, [False, True]), (False, [True]), (False, [True]))
     """
     problem, *stages = line.split("=")
-    value = exact_value(problem)                      # in the appendix
+    value = exact_value(problem)                      # as a text; in the appendix
     return stages[-1:] == [value], [is_worth(stage, value) for stage in stages]
 
 def is_worth(text, value):
@@ -941,7 +932,6 @@ def evaluate(model, problems):
 ####################################################################################################
 
 ######## Step 7-1: what the model looked at ########################################################
-
 def watch(model, line):
     """What happened while a line was written: the line as the model reads it (T characters), the
     looks of all heads (n_layer, H, T, T) and the probabilities of the next token (T, V).
@@ -1004,7 +994,6 @@ def to_latex(line):
     return "\\begin{align*}\n" + problem + rows + "\n\\end{align*}"
 
 ######## Step 7-3: what a person types, and what is said about the answer ##########################
-
 class InputError(ValueError):
     """What a person gave cannot be used. The message says what was wrong, and what to do."""
 
@@ -1291,7 +1280,6 @@ def make_server(model, history, port):
     return server
 
 ######## Step 7-5: Muon ############################################################################
-
 def orthogonal(matrix):
     """A matrix of the same directions, all stretched about equally: (rows, columns) -> the same.
 
@@ -1334,7 +1322,6 @@ class Muon(torch.optim.Optimizer):
             p.sub_(orthogonal(ahead), alpha=group["lr"] * stretch)
 
 ######## Step 7-6: the commands ####################################################################
-
 ABILITIES = getattr(torch.cpu, "get_capabilities", dict)()       # came with torch 2.11
 HALF = DEVICE != "cpu" or any(ABILITIES.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -1392,7 +1379,7 @@ def command_train(args):
              if hasattr(args, field.name)}
     path = args.out or ("quick.pt" if args.quick else "tinyllm.pt")
     if args.quick:                                    # a first taste: one layer learns sums
-        given = {"n_layer": 1, "kinds": "add", "steps": 300, "batch_tokens": 2048, **given}
+        given = {"n_layer": 1, "kinds": "add", "steps": 600, "batch_tokens": 2048, **given}
     may_replace = args.resume or args.force or RANK > 0 or args.quick and not args.out
     if os.path.exists(path) and not (may_replace and os.path.isfile(path)):
         raise InputError(f"{path} exists: give --resume to go on, --force to replace it if it is a "
@@ -1549,43 +1536,46 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
 
+COMMANDS = {
+    "train": (command_train, "Train a model from scratch."),
+    "eval": (command_eval, "Measure a model on held-out problems."),
+    "ask": (command_ask, "Ask the model."),
+    "look": (command_look, "See what the model looked at while it wrote."),
+    "serve": (command_serve, "Ask and look in the browser."),
+    "data": (command_data, "Print examples of what the model learns from."),
+}
+FLAGS = (                               # commands, flag, what argparse needs to know
+    ("train", "--out", {"help": "checkpoint to write (default: tinyllm.pt)"}),
+    ("train", "--quick", {"action": "store_true", "help": "a first taste: sums, into quick.pt"}),
+    ("train", "--resume", {"action": "store_true", "help": "go on with the run in --out"}),
+    ("train", "--force", {"action": "store_true", "help": "replace --out if it exists"}),
+    ("ask look", "problem", {"nargs": "*", "help": 'such as "12+39"; for ask also a pipe'}),
+    ("ask", "--plain", {"action": "store_true", "help": "one line in, one full line out"}),
+    ("ask", "--latex", {"action": "store_true", "help": "the working as LaTeX"}),
+    ("eval ask look serve", "--checkpoint", {"default": "tinyllm.pt", "help": "file of the model"}),
+    ("eval", "--problems", {"type": int, "default": 1000, "help": "problems of each kind"}),
+    ("eval", "--size", {"type": int, "help": "exactly so many digits, or operators"}),
+    ("serve", "--port", {"type": int, "default": 8000, "help": "the port (default: 8000)"}),
+    ("data", "--kind", {"choices": KINDS, "help": "kind of problem; none: all of them"}),
+    ("data", "--split", {"choices": ("train", "test"), "default": "train", "help": "which side"}),
+    ("data", "--count", {"type": int, "default": 10, "help": "lines to print"}),
+    ("data", "--seed", {"type": int, "default": 0, "help": "chooses the problems"}),
+)
+
 def make_parser():
-    """The command line: a sub-command for each function, and a flag for each field of Config."""
+    """The command line: COMMANDS with their FLAGS, and for train each field of Config."""
     parser = Parser(prog="tinyllm.py", description="A small GPT that learns school arithmetic.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def add(name, function, about):
-        command = commands.add_parser(name, help=about, description=about)
-        command.set_defaults(function=function)
-        return command
-
-    train = add("train", command_train, "Train a model from scratch.")
-    train.add_argument("--out", help="checkpoint to write (default: tinyllm.pt)")
-    train.add_argument("--quick", action="store_true", help="a first taste: sums, into quick.pt")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    train.add_argument("--force", action="store_true", help="replace --out if it exists")
     about = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for field in dataclasses.fields(Config):
-        train.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS,
-                           help=f"{about[field.name]} (default: {field.default})")
-    evaluation = add("eval", command_eval, "Measure a model on held-out problems.")
-    evaluation.add_argument("--problems", type=int, default=1000, help="problems of each kind")
-    evaluation.add_argument("--size", type=int, help="exactly so many digits, or operators")
-    ask = add("ask", command_ask, "Ask the model.")
-    ask.add_argument("--plain", action="store_true", help="one line in, one full line out")
-    ask.add_argument("--latex", action="store_true", help="the working as LaTeX")
-    look = add("look", command_look, "See what the model looked at while it wrote.")
-    serve = add("serve", command_serve, "Ask and look in the browser.")
-    serve.add_argument("--port", type=int, default=8000, help="the port (default: 8000)")
-    for command in (ask, look):
-        command.add_argument("problem", nargs="*", help='such as "12+39"; for ask also a pipe')
-    for command in (evaluation, ask, look, serve):
-        command.add_argument("--checkpoint", default="tinyllm.pt", help="file of the model")
-    data = add("data", command_data, "Print examples of what the model learns from.")
-    data.add_argument("--kind", choices=KINDS, help="kind of problem; none: all of them")
-    data.add_argument("--split", choices=("train", "test"), default="train", help="which side")
-    data.add_argument("--count", type=int, default=10, help="lines to print")
-    data.add_argument("--seed", type=int, default=0, help="chooses the problems")
+    for name, (function, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        for names, flag, how in FLAGS:
+            if name in names.split():
+                command.add_argument(flag, **how)
+        for field in dataclasses.fields(Config) if name == "train" else ():
+            command.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS,
+                                 help=f"{about[field.name]} (default: {field.default})")
     return parser
 
 def main(argv=None):
@@ -1614,7 +1604,6 @@ def main(argv=None):
         return 2
 
 ######## Appendix 1: what a stage is worth #########################################################
-
 MONOMIALS = ("xx", "xy", "yy", "x", "y", "")          # in the order in which an answer has them
 
 def read(text):
@@ -1859,7 +1848,6 @@ def work_out(problem):
     return "=".join(stages)
 
 ######## Appendix 3: the kind of a problem, and problems with brackets ############################
-
 def kind_of(problem):
     """The name of a problem's kind.
 

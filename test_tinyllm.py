@@ -66,7 +66,8 @@ def command(*args, script="", stdin="", **environment):
 def running(*args):
     """The program while it runs, with its streams."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([*PROGRAM, *map(str, args)], encoding="utf-8", **pipes) as process:
+    listen = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # also in nohup
+    with subprocess.Popen([*PROGRAM, *map(str, args)], encoding="utf-8", preexec_fn=listen, **pipes) as process:
         yield process
         process.kill()
 
@@ -235,7 +236,7 @@ def test_batches_hold_whole_lines_and_little_padding():
 
 def test_batches_come_in_few_shapes():
     """What is kept for each shape costs memory and time. Lines that are too long are not drawn, nor cut."""
-    assert len({x.shape for x, _, _ in batches(256, 3200)}) <= 45
+    assert len({x.shape for x, _, _ in batches(128, 3200)}) <= 40
     for x, _, y in batches(64, 6400, block_size=32, batch_tokens=512):
         assert x.shape[1] <= 32 and all(tinyllm.END in row for row in y.tolist())
 
@@ -679,13 +680,13 @@ def test_two_processes_are_one_run_with_a_larger_batch():
 def test_ctrl_c(tmp_path, checkpoint):
     """Ctrl-C in `train`: status 130, how to go on, and a file at most a hundredth old. Elsewhere it is a plain line."""
     path = tmp_path / "my model \u6a21.pt"
-    with running("train", "--out", path, "--steps", 4000, "--kinds", "add", *TINY) as process:
+    with running("train", "--out", path, "--steps", 1000, "--kinds", "add", *TINY) as process:
         while " 10% " not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and f'train --resume --out "{path}"' in err and "Traceback" not in err
-    assert tinyllm.load_checkpoint(path)[1]["step"] >= 360
+    assert tinyllm.load_checkpoint(path)[1]["step"] >= 90
     with running("ask", "--plain", "--checkpoint", checkpoint) as process:
         print("1+2", file=process.stdin, flush=True)
         assert process.stdout.readline().startswith("1+2=")      # it is answered at once
@@ -718,7 +719,7 @@ def test_a_stream_may_be_closed(script, args, out, checkpoint):
     status, found, err = command(*args.split(), script=script, MODEL=str(checkpoint))
     assert (status, found.strip(), err) == (0, out, "")
 
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": ""}, {"WORLD_SIZE": "2"}, {"PYTHONOPTIMIZE": "2"}])
+@pytest.mark.parametrize("environment", [{"RANK": "1", "PYTHONOPTIMIZE": "2"}, {"RANK": "", "WORLD_SIZE": "2"}])
 def test_the_environment_changes_nothing(environment, capsys):
     """Only torchrun makes several processes one run, not a variable that was left over. It runs without docstrings."""
     assert main("data", "--count", 1) == 0

@@ -278,10 +278,7 @@ def find_addresses(ids):
     slot   0 0 0 1 1 1 1 0 0 0 0
     place  1 2 3 1 2 3 4 1 2 3 4
     """
-    addresses = [(0, 0, 1)]
-    for token in ids:
-        addresses.append(next_address(addresses[-1], token))
-    return addresses
+    return list(itertools.accumulate(ids, next_address, initial=(0, 0, 1)))
 
 # The model uses addresses in two ways, and both ask about the NEXT token, the one that is wanted.
 # First, slot and place have embeddings: those of the next token's address are added to each token's
@@ -694,7 +691,7 @@ def make_pool(config, n):
     batches = []
     while examples:
         T = 8 * math.ceil(len(examples[0][0]) / 8)               # a multiple of 8: few shapes
-        B = config.batch_tokens // T
+        B = max(1, config.batch_tokens // T)
         xs = [pad(x, T, END) for x, _, _ in examples[:B]]
         addresses = [pad(row, T + 1, row[-1]) for _, row, _ in examples[:B]]
         ys = [pad(y, T, -100) for _, _, y in examples[:B]]
@@ -1153,7 +1150,7 @@ HEADERS = {                                           # nothing may come from th
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src "
     "'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store", "Content-Type": "text/html; charset=utf-8"}
+    "Cache-Control": "no-store"}
 
 def render_chart(title, history, values):
     """A chart as SVG, of values(point) -> {name: 0 to 1} for each point of a history."""
@@ -1250,6 +1247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         page = PAGE.format(title=title, style=STYLE, typed=html.escape(typed), result=result,
                            examples=self.server.examples, learned=self.server.learned)
         self.send_response(status)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(page.encode("utf-8", "replace"))
@@ -1423,7 +1421,7 @@ def command_train(args):
         print(f'    python tinyllm.py ask --checkpoint "{path}" "{problem}"')
 
 def held_out_problems(kind, count, size=None, seed=1):
-    """Up to `count` different held-out problems, of any size or of one; fewer if no more exist."""
+    """Up to `count` different held-out problems, of any size or of one; fewer if few exist."""
     rng = random.Random(f"{seed}/{kind}/{size}")
     found = {}                                        # keeps the order, as a set does not
     for _ in range(200 * count):
@@ -1438,6 +1436,9 @@ def print_results(results):
     """A row for each kind, then two wrong lines of each, with their first slip."""
     print("kind     problems  answers right  workings right")
     for kind, result in results.items():
+        if result["problems"] == 0:
+            print(f"{kind:9}{0:8}  there are no such problems, or they are hardly ever drawn")
+            continue
         print(f"{kind:9}{result['problems']:8}  {result['answers']:13.2%}  "
               f"{result['workings']:14.2%}")
     for result in results.values():
@@ -1477,23 +1478,21 @@ def command_ask(args):
     alone = len(args.problem) == 1 or not args.problem and sys.stdin.isatty()
     status, n_read = 0, 0
     for texts in [args.problem] if args.problem else read_input():
-        problems, errors = [], {}
-        for i, text in enumerate(texts):
+        asked = []                                    # a problem, or what is wrong with it
+        for text in texts:
             try:
-                problems.append(prepare(text, model))
+                asked.append(prepare(text, model))
             except InputError as error:
-                problems.append(None)
-                errors[i] = error
-        lines = iter(solve(model, [problem for problem in problems if problem]))
-        for i, problem in enumerate(problems):
-            n_read += 1
+                asked.append(error)
+        lines = iter(solve(model, [problem for problem in asked if isinstance(problem, str)]))
+        for n_read, problem in enumerate(asked, n_read + 1):
             where = "" if alone else f"{'problem' if args.problem else 'line'} {n_read}: "
-            if problem:
+            if isinstance(problem, str):
                 show(next(lines), model.config, args, where)
             else:
                 status = 2
-                print(f"tinyllm: {where}{errors[i]}", file=sys.stderr)
-                print(f"error: {errors[i]}\n" if args.plain else "", end="", flush=True)
+                print(f"tinyllm: {where}{problem}", file=sys.stderr)
+                print(f"error: {problem}\n" if args.plain else "", end="", flush=True)
     return status
 
 def show(line, config, args, where):
@@ -1586,7 +1585,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):            # what a console cannot show is a "?"
         sys.stdout.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
-    argv = [re.sub("^(?=-(?!-[a-z]|h$))", " ", text) for text in argv]     # -5+3 is no flag
+    argv = [re.sub("^(?=-(?!-[a-z]|-$|h$))", " ", text) for text in argv]     # -5+3 is no flag
     try:
         args = make_parser().parse_args(argv)
         return args.function(args) or 0
@@ -1644,7 +1643,7 @@ def read(text):
         token = tokens.pop(0)
         if token in ("x", "y"):
             terms = [(1, token)]
-        elif token.isdigit():
+        elif re.fullmatch("[0-9]+", token):
             terms = [(int(token), "")]
         elif token == "(":
             terms = read_sum()
@@ -2011,7 +2010,7 @@ def is_outside(problem, config):
         return not is_neat(problem)
     if kind == "expr":
         is_large = not 2 <= size_of(problem) <= KINDS[kind].top or max(n_digits) > 4
-        return is_large or not is_neat(problem) or re.search(TOO_LARGE, work_out(problem))
+        return is_large or not is_neat(problem) or bool(re.search(TOO_LARGE, work_out(problem)))
     too_long = max(n_digits) > KINDS[kind].top
     return too_long or kind == "mul" and sum(n_digits) > 6 or kind == "div" and n_digits[1] > 2
 

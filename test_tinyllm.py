@@ -704,7 +704,7 @@ def test_ask_shows_and_checks_each_stage(checkpoint, capsys):
     assert main("ask", "-5+3", "-X+3", "-[1+2]+5", "--checkpoint", checkpoint) == 0
     out, err = capsys.readouterr()
     assert re.findall("^([^ ]+) = ", out, re.M) == ["-5+3", "-x+3", "-(1+2)+5"] and "check: NOT TRUE" in out
-    assert "\x1b" not in out and "problem 1: note: this is NOT the right answer" in err
+    assert "\x1b" not in out and "problem 1: check: this is NOT the right answer" in err
     assert main("ask", "--latex", "12+39", "--checkpoint", checkpoint) == 0
     out, err = capsys.readouterr()
     assert out.startswith(r"\begin{align*}") and "NOT the right answer" in err

@@ -1323,6 +1323,18 @@ class Muon(torch.optim.Optimizer):
 ABILITIES = getattr(torch.cpu, "get_capabilities", dict)()       # came with torch 2.11
 HALF = DEVICE != "cpu" or any(ABILITIES.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
+def held_out_problems(kind, count, size=None, seed=1):
+    """Up to `count` different held-out problems, of any size or of one; fewer if few exist."""
+    rng = random.Random(f"{seed}/{kind}/{size}")
+    found = {}                                        # keeps the order, as a set does not
+    for _ in range(200 * count):
+        problem = KINDS[kind].draw(rng, size or KINDS[kind].top)
+        if is_held_out(problem) and size in (None, size_of(problem)):
+            found[problem] = True
+        if len(found) == count:
+            break
+    return list(found)
+
 def measure(model, count, size=None, seed=1):
     """Ask held-out problems of each kind -> {kind: what evaluate says of them}"""
     return {kind: evaluate(model, held_out_problems(kind, count, size, seed))
@@ -1420,18 +1432,6 @@ def command_train(args):
         problem = "123+456" if args.quick else some[-1]
         print(f'    python tinyllm.py ask --checkpoint "{path}" "{problem}"')
 
-def held_out_problems(kind, count, size=None, seed=1):
-    """Up to `count` different held-out problems, of any size or of one; fewer if few exist."""
-    rng = random.Random(f"{seed}/{kind}/{size}")
-    found = {}                                        # keeps the order, as a set does not
-    for _ in range(200 * count):
-        problem = KINDS[kind].draw(rng, size or KINDS[kind].top)
-        if is_held_out(problem) and size in (None, size_of(problem)):
-            found[problem] = True
-        if len(found) == count:
-            break
-    return list(found)
-
 def print_results(results):
     """A row for each kind, then two wrong lines of each, with their first slip."""
     print("kind     problems  answers right  workings right")
@@ -1499,8 +1499,8 @@ def show(line, config, args, where):
     """Print a line, plain, as LaTeX or as a notebook shows it: a stage a row, with its check."""
     problem, *stages = line.split("=")
     words, sentence = explain(line)
-    notes = [OUTSIDE] if is_outside(problem, config) else []
-    notes += [sentence] if sentence != RIGHT and not args.plain else []
+    remarks = [f"note: {OUTSIDE}"] if is_outside(problem, config) else []
+    remarks += [f"check: {sentence}"] if sentence != RIGHT and not args.plain else []
     if args.plain or args.latex:
         print(line if args.plain else to_latex(line), flush=True)
     else:
@@ -1508,8 +1508,8 @@ def show(line, config, args, where):
         for stage, word in zip(stages, words):
             print(f"{problem} = {stage:{width}}   {word and 'check: ' + word}".rstrip())
             problem = " " * len(problem)
-    for note in notes:
-        print(f"{where}note: {note}", file=sys.stderr if where or args.latex else sys.stdout)
+    for remark in remarks:
+        print(f"{where}{remark}", file=sys.stderr if where or args.latex else sys.stdout)
 
 def command_look(args):
     model, _ = load_checkpoint(args.checkpoint)
